@@ -1,0 +1,91 @@
+"""Shared set-up of the tests.
+
+What each file guards:
+  test_vad.py              lexicon formats and errors, lemmas, word-so-far VAD, emotion encoder, VAD loss
+  test_official.py         the model against numbers from the authors' code (fixture)
+  test_transformers.py     tower and decoder against `transformers`, at full size
+  test_model.py            losses, decoding, caches, beams, emotion distribution against slow and obvious versions
+  test_weights.py          loading and saving: every naming, every kind of broken file
+"""
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sevlm import EMOTIONS, SEVLM, Config, read_tokenizer
+
+ROOT = Path(__file__).parents[1]
+FIXTURES = Path(__file__).parent / "fixtures"
+SENTENCES = ["the gloomy sky hangs over a quiet sea", "two dancers' dresses glow in warm light",
+             "the man's empty eyes frighten me", "it reminds me of melancholy autumn evenings",
+             "i can't look away from the blue-grey storm", "the children laugh and the colors are bright"]
+
+
+def fixture_folder(variable: str, default: str) -> Path:
+    """The folder that an environment variable names, by default our copy."""
+    return Path(os.environ.get(variable, FIXTURES / default))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    """A byte-level BPE of about 500 tokens, trained on a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|endoftext|>"], show_progress=False)
+    texts = [f" the emotion is {emotion} because {text}" for emotion in EMOTIONS for text in SENTENCES]
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer.to_str()
+
+
+@pytest.fixture
+def tokenizer(tokenizer_json) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_json)
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's real vocabulary, which is not ours to ship."""
+    folder = Path(os.environ.get("SEVLM_GPT2", ROOT.parent / "shared" / "gpt2"))
+    if not (folder / "vocab.json").is_file():
+        pytest.skip("GPT-2's vocab.json and merges.txt are not at hand (SEVLM_GPT2 names their folder)")
+    return read_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def full_size_tokenizer_json(tokenizer_json) -> str:
+    """The same, filled up to GPT-2's 50,257 tokens."""
+    stored = json.loads(tokenizer_json)
+    vocabulary = stored["model"]["vocab"]
+    stored["model"]["vocab"] = vocabulary | {f"filler{i}": i for i in range(len(vocabulary), 50257)}
+    return json.dumps(stored)
+
+
+@pytest.fixture(scope="session")
+def paper_model(full_size_tokenizer_json) -> SEVLM:
+    """The paper's size with random weights."""
+    return SEVLM(Config(), Tokenizer.from_str(full_size_tokenizer_json)).eval()
+
+
+@pytest.fixture
+def make_model(tokenizer_json):
+    """Small models with lively random weights: `make_model(two_way_emotions=True)`."""
+    def make(**changes) -> SEVLM:
+        torch.manual_seed(0)
+        sizes = dict(image_size=16, patch_size=8, tower_width=24, tower_layers=2, tower_heads=2, width=32, layers=2,
+                     heads=4, positions=48, length=30)
+        model = SEVLM(Config(**sizes | changes), Tokenizer.from_str(tokenizer_json))
+        for name, parameter in model.named_parameters():  # 0.02 would leave every prediction nearly uniform
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.25)
+        return model.eval()
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
