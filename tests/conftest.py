@@ -6,6 +6,8 @@ What each file guards:
   test_transformers.py     tower and decoder against `transformers`, at full size
   test_model.py            losses, decoding, caches, beams, emotion distribution against slow and obvious versions
   test_weights.py          loading and saving: every naming, every kind of broken file
+  test_protocol.py         splits, votes, file names, ACC, EA against ArtEmis's and the authors' code (fixture)
+  test_data.py             bad rows and pictures, captions, epochs and negatives, stores, the toy world
 """
 import json
 import os
@@ -15,6 +17,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data import Art, load_art
 from sevlm import EMOTIONS, SEVLM, Config, read_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +92,16 @@ def make_model(tokenizer_json):
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory) -> Path:
+    """A data root with a toy world of 60 paintings."""
+    root = tmp_path_factory.mktemp("data")
+    load_art("toy", root, toy_paintings=60)
+    return root
+
+
+@pytest.fixture
+def toy(toy_root) -> Art:
+    return load_art("toy", toy_root, toy_paintings=60)
