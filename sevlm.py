@@ -86,7 +86,7 @@ class Config:
     @classmethod
     def toy(cls, **changes) -> "Config":
         small = dict(image_size=64, patch_size=8, tower_width=128, tower_layers=4, tower_heads=4, train_tower=True,
-                     width=128, layers=4, heads=4, positions=64)
+                     width=128, layers=3, heads=4, positions=64, dropout=0.0, alpha=0.1)
         return cls(**small | changes)
 
     @classmethod
@@ -170,14 +170,34 @@ class Text:
 
 # 3. Vision tower
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b. While decoding on a CPU, few rows meet a big weight: cut into blocks, it keeps all cores busy."""
+    (*lead, width), out = x.shape, len(weight)
+    rows = math.prod(lead)
+    if x.device.type != "cpu" or torch.is_grad_enabled() or rows > 128 or weight.numel() < 2**18:
+        return F.linear(x, weight, bias)
+    blocks = max(8, out // 1536)
+    whole = out - out % blocks
+    x = x.reshape(rows, width)
+    y = (x @ weight[:whole].view(blocks, -1, width).mT).transpose(0, 1).reshape(rows, whole)
+    if whole < out:
+        y = torch.cat([y, x @ weight[whole:].T], 1)
+    return (y if bias is None else y.add_(bias)).view(*lead, out)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     """Attention of a sequence to itself; causal for text."""
 
     def __init__(self, width: int, heads: int, causal: bool, dropout: float = 0.0):
         super().__init__()
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
         N, L, d = x.shape
@@ -193,7 +213,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, activation):
         super().__init__()
-        self.rise, self.fall = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.rise, self.fall = Linear(width, 4 * width), Linear(4 * width, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -253,12 +273,13 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, source: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query, self.key_value = nn.Linear(width, width), nn.Linear(source, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.query, self.key_value = Linear(width, width), Linear(source, 2 * width)
+        self.out = Linear(width, width)
 
     def keys_values(self, patches: Tensor) -> Tensor:
         B, K, _ = patches.shape
-        return self.key_value(patches).view(B, K, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (2, B, H, K, d/H)
+        kv = self.key_value(patches).view(B, K, 2, self.heads, -1).permute(2, 0, 3, 1, 4)  # (2, B, H, K, d/H)
+        return kv if self.training else kv.contiguous()  # decoding reads them at every step
 
     def forward(self, x: Tensor, keys_values: Tensor, looks: list[Tensor] | None = None) -> Tensor:
         N, L, d = x.shape
@@ -266,11 +287,13 @@ class CrossAttention(nn.Module):
         B = len(key)
         # the E sentences of a picture are queries to the same keys: one long row of E * L queries
         query = self.query(x).view(B, N // B * L, self.heads, -1).transpose(1, 2)  # (B, H, E * L, d/H)
-        if looks is not None:
-            weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)
-            looks.append(weights.mean(1).view(N, L, -1))  # (N, L, K), mean over heads
-        rate = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=rate)
+        if self.training:
+            attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout)
+        else:  # few queries and 196 keys: the weights are small, and somebody may want to see them
+            weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(-1)  # (B, H, E * L, K)
+            attended = weights @ value
+            if looks is not None:
+                looks.append(weights.mean(1).view(N, L, -1))  # (N, L, K), mean over heads
         return self.out(attended.transpose(1, 2).reshape(N, L, d))
 
 
@@ -322,7 +345,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.words.weight)  # (..., V)
+        return linear(hidden, self.words.weight)  # (..., V)
 
 
 # 5. SEVLM
@@ -352,15 +375,22 @@ class SEVLM(nn.Module):
             sizes = [config.tower_width + 2 * width, *[width] * 4]
             layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
             self.contrastive_head = nn.Sequential(*layers, nn.Linear(width, 1))
-        self.apply(initialise)
-        for block in self.decoder.blocks:  # each block adds to the residual stream three times, GPT-2 counts two
-            for layer in (block.self_attention.out, block.cross_attention.out, block.mlp.fall):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.layers))
+        self.initialise()
         # the emotion encoder keeps torch's own initial weights, as in the authors' code
         if config.vad_input and config.emotion_encoder:
             self.emotion_encoder = EmotionEncoder(causal=not config.two_way_emotions, dropout=config.dropout)
         if config.uses_vad:
             self.word_vad = WordVAD.build(tokenizer, lexicon or read_lexicon(), config.vad_per_token)
+
+    def initialise(self) -> None:
+        """GPT-2's initial weights for all that comes from no file: N(0, 0.02) at width 768, zero biases."""
+        std = 0.02 * math.sqrt(768 / self.config.width)  # narrower layers add up fewer terms
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "norm" not in name:
+                into_residual = re.match(r"decoder\.blocks.*(attention\.out|mlp\.fall)", name)
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.layers) if into_residual else std)
 
     @property
     def device(self) -> torch.device:
@@ -371,7 +401,7 @@ class SEVLM(nn.Module):
         if len(pictures) == 0:
             raise ValueError("the batch is empty")
         if pictures.dim() == 3:
-            return pictures
+            return pictures.to(self.decoder.words.weight.dtype)  # they are stored in half precision
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_tower):
             return self.tower(pictures)
 
@@ -471,17 +501,6 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
-def initialise(module: nn.Module) -> None:
-    """GPT-2's initial weights, N(0, 0.02) and zero biases, for all parts that do not come from a file."""
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv2d)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-    if isinstance(module, VisionTower):
-        nn.init.normal_(module.class_embedding, std=0.02)
-        nn.init.normal_(module.positions, std=0.02)
-
-
 # 6. Decoding
 
 class Cache:
@@ -512,7 +531,8 @@ class Decoding:
     def __init__(self, model: SEVLM, patches: Tensor, prompt: Tensor, length: int | None = None):
         """One sentence for each picture, all with prompts of one length: (B, K, d) and (B, t)."""
         config = model.config
-        self.model, self.keys_values = model, model.decoder.keys_values(patches)
+        self.model = model
+        self.keys_values = model.decoder.keys_values(patches)
         both_ways = config.vad_input and config.emotion_encoder and config.two_way_emotions
         self.caches = None if both_ways else [Cache(length or config.length) for _ in range(config.layers)]
         self.ids = self.segments = self.rows = prompt[:, :0]  # (n, t)
@@ -537,8 +557,7 @@ class Decoding:
         start = self.caches[0].length if self.caches else 0
         embedded, _ = self.model.read(self.ids, self.segments, self.rows, start)
         hidden = self.model.decoder(embedded, self.keys_values, self.caches)
-        # few rows and a big weight: on a CPU this order of the product takes 2/3 of F.linear's time
-        return (self.model.decoder.words.weight @ hidden[:, -1].T).T.float()
+        return self.model.decoder.logits(hidden[:, -1]).float()
 
     def select(self, rows: Tensor, pictures: Tensor | None = None) -> None:
         """Go on with these sentences, repeated or reordered, E for each of these pictures side by side."""
@@ -615,7 +634,7 @@ def write(model: SEVLM, pictures: Tensor, openings: Sequence[Sequence[int]] | No
         chosen = nucleus(logits, top_p, temperature, uniform[live, position])
         told = dictated[live, position]
         tokens = torch.where(told >= 0, told, chosen)
-        gain = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+        gain = logits.log_softmax(1).gather(1, tokens[:, None]).squeeze(1)
         log_probs[live] += gain.masked_fill((told >= 0) | done, 0)
         ids[live, position] = tokens.masked_fill(done, text.pad)
         done = done | (special[tokens] & (told < 0))

@@ -110,8 +110,9 @@ def test_public_weights_and_grown_embedding(folders, prefix):
                 and n != "decoder.words.weight"]
     words = after["decoder.words.weight"]
     assert torch.equal(words[:-4], before["decoder.words.weight"][:-4])
-    assert 0.01 < words[-4:].std() < 0.03
-    assert loaded.decoder.blocks[0].cross_attention.out.weight.std().item() == pytest.approx(0.02 / 4 ** 0.5, rel=0.2)
+    std = 0.02 * (768 / 32) ** 0.5  # at the tests' width
+    assert words[-4:].std().item() == pytest.approx(std, rel=0.3)
+    assert loaded.decoder.blocks[0].cross_attention.out.weight.std().item() == pytest.approx(std / 4 ** 0.5, rel=0.2)
 
 
 def test_missing_extra_and_transposed_tensors_come_in_one_error(folders):
