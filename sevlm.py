@@ -167,6 +167,21 @@ class Text:
         stop = next((place for place, index in enumerate(ids) if index in self.special), len(ids))
         return self.tokenizer.decode(ids[:stop]).strip()
 
+    def reason(self, ids: Sequence[int]) -> str:
+        """What follows the first " because"."""
+        return self.decode(ids[ids.index(self.because) + 1:]) if self.because in ids else ""
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """The words of X, each with the positions of its tokens; punctuation belongs to the word before it."""
+        positions: list[list[int]] = []
+        for position in range(ids.index(self.because) + 1, len(ids)) if self.because in ids else ():
+            if ids[position] in self.special:
+                break
+            if not positions or self.tokenizer.id_to_token(ids[position]).startswith("Ġ"):  # a blank
+                positions.append([])
+            positions[-1].append(position)
+        return [(self.tokenizer.decode([ids[p] for p in places]).strip(), places) for places in positions]
+
 
 # 3. Vision tower
 
@@ -741,16 +756,20 @@ def emotion_log_probs(model: SEVLM, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def reread(model: SEVLM, pictures: Tensor, ids: Tensor, looks: list[Tensor] | None = None) -> Output:
+    """Written sentences through the model once more, all at once: for their match, or for what it looked at."""
+    text = model.text
+    segments = torch.where((ids == text.because).cumsum(1) > 0, text.explanation, text.emotion)
+    return model(pictures, ids, segments, model.word_vad(ids) if model.config.uses_vad else None, looks=looks)
+
+
 def attention(model: SEVLM, pictures: Tensor, ids: Tensor, layer: int | None = None) -> Tensor:
     """Where the model looked as it chose each token: (N, L, K), mean over heads and layers or of one layer.
 
     Token t was chosen at position t - 1; the first token was given, so its row is zero.
     """
     looks: list[Tensor] = []
-    text = model.text
-    explaining = (ids == text.because).cumsum(1) > 0
-    segments = torch.where(explaining, text.explanation, text.emotion)
-    model(pictures, ids, segments, model.word_vad(ids) if model.config.uses_vad else None, looks=looks)
+    reread(model, pictures, ids, looks)
     mean = torch.stack(looks).mean(0) if layer is None else looks[layer]
     return torch.cat([torch.zeros_like(mean[:, :1]), mean[:, :-1]], 1)
 
