@@ -907,7 +907,7 @@ def draw_subject(image: Image.Image, subject: str, colours: dict, horizon: float
     side = 2 * image.width
     large = image.resize((side, side))
     draw, rgb = ImageDraw.Draw(large), {name: tuple((c.clip(0, 1) * 255).astype(int)) for name, c in colours.items()}
-    scale = (.33 + .15 * dominance + rng.uniform(-.02, .02)) * RELATIVE_SIZE.get(subject, 1)
+    scale = (.44 + .16 * dominance + rng.uniform(-.02, .02)) * RELATIVE_SIZE.get(subject, 1)
     x, y, flip = rng.uniform(.3, .7), horizon + .12 + .1 * rng.random() + .1 * dominance, rng.choice([-1, 1])
     y = {"moon": .18 + scale, "storm": .18 + scale, "mountain": horizon + .04}.get(subject, y)
     if subject not in ("moon", "storm"):

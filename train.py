@@ -41,7 +41,6 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from sample import COLOURS, bars, data_uri, load_model, page
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,6 +81,7 @@ from metrics import (
     references_of,
     text_classifier_of,
 )
+from sample import COLOURS, bars, choose_device, data_uri, load_model, page
 from sevlm import CLIP_HUB, DIFFERENCES, EMOTIONS, SEVLM, Config, emotion_log_probs, load, option, save, write
 from vad import UserError, read_lexicon, replacing, run_program
 
@@ -116,7 +116,7 @@ class Settings:
             raise UserError(f"--top-p {self.top_p} must lie above 0 and not above 1")
 
 
-TOY = dict(epochs=14, batch=16, lr=1.5e-3, vad_lr=3e-3, warmup=50, validate_every=300, weight_decay=0.01)
+TOY = dict(epochs=12, batch=16, lr=1.5e-3, vad_lr=3e-3, warmup=50, validate_every=300, weight_decay=0.01)
 MAIN_LOSSES = ("language", "vad", "contrastive")
 STUDIES = ("components", "encoder", "negatives", "alpha", "ours")
 
@@ -248,16 +248,6 @@ class World:
         dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))))
         parts = [json.loads(bytes(part[:size].tolist())) for part, size in zip(texts, sizes, strict=True)]
         return {key: value for part in parts for key, value in part.items()}
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: there are auto, cpu, cuda and mps")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"--device {name}: torch sees no such device here")
-    return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -703,7 +693,7 @@ def chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
     for y in ys:
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{place(0, y)[1]:.1f}" y2="{place(0, y)[1]:.1f}"/>'
                      f'<text x="{left - 6}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts += [f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="middle">{x:,.6g}</text>' for x in xs]
+    parts += [f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="{"end" if x == xs[-1] else "middle"}">{x:,.6g}</text>' for x in xs]
     at = left
     for (name, curve), colour in zip(curves.items(), itertools.cycle(LINES)):
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
@@ -786,7 +776,7 @@ def sample_cards(samples: list[dict], art: Art) -> str:
             picture = ""
         lines = "".join(f'<li><small>{sample["step"]:,}</small> <b style="color:{COLOURS[sample["emotion"]]}">{sample["emotion"]}</b> '
                         f'because {escape(sample["explanation"])}' for sample in mine)
-        cards.append(f'<article class="card">{picture}<div><h3>{escape(image)}</h3>{bars(mine[-1]["probabilities"])}'
+        cards.append(f'<article class="card sample">{picture}<div><h3>{escape(image)}</h3>{bars(mine[-1]["probabilities"])}'
                      f'<ol class="story">{lines}</ol></div></article>')
     return "".join(cards)
 
@@ -824,6 +814,7 @@ th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; } th:firs
 table.settings td { text-align: left; white-space: normal; }
 table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; text-align: center; }
 table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: bottom; padding: .4rem .2rem; }
+.sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; } .sample img { width: 100%; height: 100%; object-fit: cover; }
 .story { list-style: none; padding: 0; margin: .6rem 0 0; } .story small { display: inline-block; min-width: 3.2rem; opacity: .6; }
 """
 

@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_last_state_whole(run, monkeypatch):
     (["--evaluate", "nowhere"], "nowhere"),
     (["--study", "components", "--no-vad-head"], "itself varies vad_head"),
     (["--resume", "--name", "none"], "holds no run"),
-    pytest.param(["--device", "cuda"], "torch sees no such device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it does")),
+    pytest.param(["--device", "cuda"], "this machine has cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="it does")),
 ])
 def test_bad_starts_are_refused(flags, bad, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", *flags, *bad])
@@ -257,7 +257,7 @@ def test_a_used_folder_and_other_flags_on_resuming_are_refused(run, flags, monke
 def test_a_mistake_ends_with_code_1_and_no_traceback(flags):
     wrong = program(flags, "--device", "tpu")
     assert wrong.wait() == 1
-    assert wrong.stdout.read().strip() == "error: --device tpu: there are auto, cpu, cuda and mps"
+    assert wrong.stdout.read().strip().startswith("error: --device tpu: this machine has ")
 
 
 def test_a_study_trains_each_variant_once_and_compares_them(flags, monkeypatch, capsys):
