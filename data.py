@@ -829,7 +829,7 @@ SHAPES = {  # polygons and ellipses (two corners), in units of the subject's siz
                  ("light", ((-.05, .62), (.15, 1), (.42, .7), (.25, .66), (.15, .76), (.05, .62)))],
     "boat": [("dark", ((-.55, .18), (-.4, 0), (.4, 0), (.58, .2))), ("light", ((-.02, .24), (-.02, 1), (-.42, .28))),
              ("accent", ((.04, .24), (.04, .92), (.44, .3)))]}
-RELATIVE_SIZE = {"mountain": 1.25, "moon": .7, "tree": 1.1, "figure": 1.1}
+RELATIVE_SIZE = {"mountain": 1.25, "moon": .7, "tree": 1.1, "figure": 1.1, "flowers": .6, "sea": .75}
 ARTISTS = ("mira-holt", "jonas-quell", "ada-venn", "ilse-brandt", "tomas-rye", "clara-odum", "wim-sorel", "nina-faro")
 STYLES = ("Impressionism", "Expressionism", "Romanticism", "Symbolism", "Fauvism")
 

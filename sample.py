@@ -153,28 +153,29 @@ def answer(model: SEVLM, pixels: Tensor, names: Sequence[str], wish: Wish) -> li
     """Answers for uint8 pixels (B, 3, S, S)."""
     started, device, B = time.perf_counter(), model.device, len(pixels)
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-        patches = model.see(normalise(pixels.to(device), model.config))
-        probabilities = emotion_log_probs(model, patches).double().exp().cpu()  # (B, 9)
+        sight = model.look(normalise(pixels.to(device), model.config))
+        probabilities = emotion_log_probs(model, sight).double().exp().cpu()  # (B, 9)
         if wish.all_emotions:
             emotions, owner = EMOTIONS * B, torch.arange(B, device=device).repeat_interleave(len(EMOTIONS))
         else:
             emotions = [wish.emotion or EMOTIONS[best] for best in probabilities.argmax(1).tolist()]
             owner = torch.arange(B, device=device)
+        asked = sight[owner] if wish.all_emotions else sight
         openings, E = [model.text.opening(emotion) for emotion in emotions], wish.sentences
         if wish.beams:
-            written = beam_search(model, patches[owner], openings, wish.beams)
+            written = beam_search(model, asked, openings, wish.beams)
         else:  # a picture's seed comes from its pixels, so that its neighbours change nothing
             own = [zlib.crc32(picture.numpy().tobytes(), wish.seed) for picture in pixels]
             seeds = [own[picture] + EMOTIONS.index(emotion) for picture, emotion in zip(owner.tolist(), emotions, strict=True)]
-            written = write(model, patches[owner], openings, E, wish.top_p, wish.temperature, seeds)
-        match = reread(model, patches[owner], written.ids).match if model.config.contrastive_head else None
+            written = write(model, asked, openings, E, wish.top_p, wish.temperature, seeds)
+        match = reread(model, asked, written.ids).match if model.config.contrastive_head else None
         best = torch.arange(0, len(written.ids), E, device=device)  # the first of each picture and emotion
         if wish.best_of:
             best = best + match.view(-1, E).argmax(1)
         first = best.view(B, -1)  # (B, 1 or 9)
         first = first.gather(1, probabilities.argmax(1, keepdim=True).to(device)) if wish.all_emotions else first
         first = first.squeeze(1)
-        looks = attention(model, patches, written.ids[first]).float().cpu().numpy() if wish.looks else None
+        looks = attention(model, sight, written.ids[first]).float().cpu().numpy() if wish.looks else None
     rows = model.word_vad(written.ids[first]).tolist() if model.config.uses_vad else None
     ids, log_probs = written.ids.tolist(), written.log_probs.tolist()
     match = match.tolist() if match is not None else [None] * len(ids)

@@ -366,6 +366,19 @@ class Decoder(nn.Module):
 # 5. SEVLM
 
 @dataclass
+class Sight:
+    """Pictures as the decoder wants them, computed once for all that is asked of them."""
+    patches: Tensor  # (B, K, d) f^I
+    keys_values: list[Tensor]  # of each block, (2, B, H, K, d/H)
+
+    def __len__(self) -> int:
+        return len(self.patches)
+
+    def __getitem__(self, pictures: Tensor) -> "Sight":
+        return Sight(self.patches[pictures], [kv[:, pictures] for kv in self.keys_values])
+
+
+@dataclass
 class Output:
     """What a forward pass computes; losses are None where their part or the labels are missing."""
     emotion_features: Tensor | None  # (N, L, 3) f^E
@@ -420,6 +433,13 @@ class SEVLM(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_tower):
             return self.tower(pictures)
 
+    def look(self, pictures: "Tensor | Sight") -> Sight:
+        """What `forward` and all decoding begin with; a Sight passes unchanged."""
+        if isinstance(pictures, Sight):
+            return pictures
+        patches = self.see(pictures)
+        return Sight(patches, self.decoder.keys_values(patches))
+
     def in_explanation(self, ids: Tensor, segments: Tensor) -> Tensor:
         """The mask of X (N, L)."""
         if self.config.fixed_boundary:
@@ -440,17 +460,17 @@ class SEVLM(nn.Module):
         fused = self.fusion(torch.cat([x, vad[:, start:].to(x.dtype)], -1))  # Eq. 2, W_E [f_X ; f_E] + b_E
         return torch.where(explanation[:, start:, None], fused, x), vad
 
-    def forward(self, pictures: Tensor, ids: Tensor, segments: Tensor, rows: Tensor | None = None,
+    def forward(self, pictures: Tensor | Sight, ids: Tensor, segments: Tensor, rows: Tensor | None = None,
                 labels: Tensor | None = None, wrong_emotion: Tensor | None = None,
                 wrong_image: Tensor | None = None, looks: list[Tensor] | None = None) -> Output:
         """`wrong_emotion` and `wrong_image` (N,) say which sentence's X is the negative; -1: there is none."""
         if ids.device.type == "cpu" and not (0 <= ids.min() and ids.max() < self.text.size):  # a GPU would wait
             raise ValueError(f"token ids must lie in 0..{self.text.size - 1}")
-        patches = self.see(pictures)
-        if len(ids) % len(patches):
-            raise ValueError(f"{len(ids)} sentences do not divide among {len(patches)} pictures")
+        sight = self.look(pictures)
+        if len(ids) % len(sight):
+            raise ValueError(f"{len(ids)} sentences do not divide among {len(sight)} pictures")
         embedded, emotion_features = self.read(ids, segments, rows)
-        hidden = self.decoder(embedded, self.decoder.keys_values(patches), looks=looks)  # Eq. 3
+        hidden = self.decoder(embedded, sight.keys_values, looks=looks)  # Eq. 3
         explanation = self.in_explanation(ids, segments)
         match, losses = None, {}
         with torch.autocast(ids.device.type, enabled=False):  # heads and losses stay in float32
@@ -458,7 +478,7 @@ class SEVLM(nn.Module):
                 negatives = [index for index, wanted in ((wrong_emotion, self.config.wrong_emotion),
                                                          (wrong_image, self.config.wrong_image))
                              if wanted and index is not None]
-                scores = self.match_scores(patches, hidden, ids, explanation, negatives)  # (1 + negatives, N)
+                scores = self.match_scores(sight.patches, hidden, ids, explanation, negatives)  # (1 + negatives, N)
                 match = scores[0]
                 if negatives:
                     losses["contrastive"] = -scores.log_softmax(0)[0].mean()  # Eq. 7, with the log
@@ -503,7 +523,7 @@ class SEVLM(nn.Module):
         return official_model(*args, **changes)
 
     @torch.no_grad()
-    def score(self, pictures: Tensor, emotions: Sequence[str], explanations: Sequence[str]) -> Tensor:
+    def score(self, pictures: Tensor | Sight, emotions: Sequence[str], explanations: Sequence[str]) -> Tensor:
         """How well each (image, emotion, explanation) matches, by the contrastive head: (N,)."""
         if not self.config.contrastive_head:
             raise UserError("this model has no contrastive head to score with")
@@ -543,11 +563,11 @@ class Decoding:
     positions, so nothing of the text can be cached: each step reads the whole sentence again.
     """
 
-    def __init__(self, model: SEVLM, patches: Tensor, prompt: Tensor, length: int | None = None):
-        """One sentence for each picture, all with prompts of one length: (B, K, d) and (B, t)."""
+    def __init__(self, model: SEVLM, pictures: Tensor | Sight, prompt: Tensor, length: int | None = None):
+        """One sentence for each picture, all with prompts of one length (B, t)."""
         config = model.config
         self.model = model
-        self.keys_values = model.decoder.keys_values(patches)
+        self.keys_values = model.look(pictures).keys_values
         both_ways = config.vad_input and config.emotion_encoder and config.two_way_emotions
         self.caches = None if both_ways else [Cache(length or config.length) for _ in range(config.layers)]
         self.ids = self.segments = self.rows = prompt[:, :0]  # (n, t)
@@ -618,7 +638,7 @@ def padded(model: SEVLM, openings: Sequence[Sequence[int]] | None, pictures: int
 
 
 @torch.no_grad()
-def write(model: SEVLM, pictures: Tensor, openings: Sequence[Sequence[int]] | None = None, samples: int = 1,
+def write(model: SEVLM, pictures: Tensor | Sight, openings: Sequence[Sequence[int]] | None = None, samples: int = 1,
           top_p: float = 0.0, temperature: float = 1.0, seeds: Sequence[int] | int = 0,
           length: int | None = None) -> Written:
     """Finish sentences for pictures, greedily or by nucleus sampling (5.1: p = 0.9), `samples` for each.
@@ -628,10 +648,10 @@ def write(model: SEVLM, pictures: Tensor, openings: Sequence[Sequence[int]] | No
     wait, since a picture's sentences share its keys and values and stay side by side.
     """
     length, text = length or model.config.length, model.text
-    patches = model.see(pictures)
-    B = len(patches)
+    sight = model.look(pictures)
+    B = len(sight)
     dictated, start = padded(model, openings, B, length)
-    decoding = Decoding(model, patches, dictated[:, :start], length)
+    decoding = Decoding(model, sight, dictated[:, :start], length)
     repeat = torch.arange(B, device=model.device).repeat_interleave(samples)
     dictated, ids = dictated[repeat], torch.full((B * samples, length), text.pad, device=model.device)
     ids[:, :start] = dictated[:, :start]
@@ -680,14 +700,14 @@ def still_writing(done: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def beam_search(model: SEVLM, pictures: Tensor, openings: Sequence[Sequence[int]] | None = None, beams: int = 5,
+def beam_search(model: SEVLM, pictures: Tensor | Sight, openings: Sequence[Sequence[int]] | None = None, beams: int = 5,
                 length: int | None = None) -> Written:
     """The `beams` most probable sentences found for each picture, best mean log-probability of a token first."""
     length, text = length or model.config.length, model.text
-    patches = model.see(pictures)
-    B, V = len(patches), text.size
+    sight = model.look(pictures)
+    B, V = len(sight), text.size
     dictated, start = padded(model, openings, B, length)
-    decoding = Decoding(model, patches, dictated[:, :start], length)
+    decoding = Decoding(model, sight, dictated[:, :start], length)
     ids = torch.full((B, beams, length), text.pad, device=model.device)
     ids[:, :, :start] = dictated[:, None, :start]
     scores = torch.full((B, beams), -torch.inf, device=model.device)
@@ -736,19 +756,19 @@ def only(token: int | Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def emotion_log_probs(model: SEVLM, pictures: Tensor) -> Tensor:
+def emotion_log_probs(model: SEVLM, pictures: Tensor | Sight) -> Tensor:
     """The distribution over the nine emotions after "the emotion is", exact for names of several tokens: (B, 9)."""
-    names, patches = model.text.names, model.see(pictures)
-    prompt = torch.tensor([model.text.prompt] * len(patches), device=model.device)
-    decoding = Decoding(model, patches, prompt)
+    names, sight = model.text.names, model.look(pictures)
+    prompt = torch.tensor([model.text.prompt] * len(sight), device=model.device)
+    decoding = Decoding(model, sight, prompt)
     first = torch.tensor([name[0] for name in names], device=model.device)
     total = decoding.logits().log_softmax(1)[:, first]  # (B, 9)
     longer = [place for place, name in enumerate(names) if len(name) > 1]
-    decoding.select(torch.arange(len(patches), device=model.device).repeat_interleave(len(longer)))
+    decoding.select(torch.arange(len(sight), device=model.device).repeat_interleave(len(longer)))
     for position in range(1, max(map(len, names))):
-        decoding.append(torch.tensor([names[place][min(position, len(names[place])) - 1] for place in longer] * len(patches),
+        decoding.append(torch.tensor([names[place][min(position, len(names[place])) - 1] for place in longer] * len(sight),
                                      device=model.device))
-        gains = decoding.logits().log_softmax(1).view(len(patches), len(longer), -1)
+        gains = decoding.logits().log_softmax(1).view(len(sight), len(longer), -1)
         for column, place in enumerate(longer):
             if position < len(names[place]):
                 total[:, place] += gains[:, column, names[place][position]]
@@ -756,14 +776,14 @@ def emotion_log_probs(model: SEVLM, pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reread(model: SEVLM, pictures: Tensor, ids: Tensor, looks: list[Tensor] | None = None) -> Output:
+def reread(model: SEVLM, pictures: Tensor | Sight, ids: Tensor, looks: list[Tensor] | None = None) -> Output:
     """Written sentences through the model once more, all at once: for their match, or for what it looked at."""
     text = model.text
     segments = torch.where((ids == text.because).cumsum(1) > 0, text.explanation, text.emotion)
     return model(pictures, ids, segments, model.word_vad(ids) if model.config.uses_vad else None, looks=looks)
 
 
-def attention(model: SEVLM, pictures: Tensor, ids: Tensor, layer: int | None = None) -> Tensor:
+def attention(model: SEVLM, pictures: Tensor | Sight, ids: Tensor, layer: int | None = None) -> Tensor:
     """Where the model looked as it chose each token: (N, L, K), mean over heads and layers or of one layer.
 
     Token t was chosen at position t - 1; the first token was given, so its row is zero.

@@ -195,6 +195,10 @@ def given_flags(options: argparse.Namespace) -> dict:
 
 # 2. World
 
+def is_leader() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 class World:
     """This process among others (torchrun sets RANK and WORLD_SIZE), its device and its precision."""
 
@@ -211,20 +215,16 @@ class World:
         own = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
         self.workers = own if settings.workers < 0 else settings.workers
 
-    @property
-    def leads(self) -> bool:
-        return self.rank == 0
-
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
         """What the leader makes on disk, the others find there."""
-        if not self.leads:
+        if not is_leader():
             dist.barrier()
         yield
-        if self.leads and self.size > 1:
+        if is_leader() and self.size > 1:
             dist.barrier()
 
     def wait(self) -> None:
@@ -271,9 +271,16 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
 class Run:
     """A folder under runs/. Everything is written to a temporary name and renamed; the log is only appended to."""
 
-    def __init__(self, folder: Path, leads: bool = True):
-        self.folder, self.leads = folder, leads
-        self.state_file, self.frozen_file = folder / "state" / "state.safetensors", folder / "state" / "frozen.safetensors"
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state" / "state.safetensors"
+
+    @property
+    def frozen_file(self) -> Path:
+        return self.folder / "state" / "frozen.safetensors"
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -296,7 +303,7 @@ class Run:
             path.write_text(json.dumps(content, indent=1))
 
     def append(self, name: str, record: dict) -> None:
-        if self.leads:
+        if is_leader():
             with open(self.path(name), "a") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -333,7 +340,7 @@ class Run:
                 _, index, key = name.split(".")
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        if self.leads:
+        if is_leader():
             for name, size in progress.pop("sizes").items():
                 if self.path(name).is_file():
                     os.truncate(self.path(name), size)
@@ -350,9 +357,13 @@ def find_run(options: argparse.Namespace) -> Run:
             raise UserError(f"--resume: {folder} holds no run")
         return Run(folder)
     folder = runs / (options.name or f"{options.data}-{datetime.now():%Y%m%d-%H%M%S}")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; go on with --resume --name {folder.name}, or name another --name")
+    refuse_used(folder, f"--resume --name {folder.name}")
     return Run(folder)
+
+
+def refuse_used(folder: Path, how: str) -> None:
+    if is_leader() and folder.is_dir() and any(folder.iterdir()):  # the other processes may already find its files
+        raise UserError(f"{folder} is not empty; go on with {how}, or name another --name")
 
 
 # 4. Scores
@@ -368,10 +379,10 @@ def predict(model: SEVLM, pictures: Store | OnTheFly, art: Art, split: str, worl
         if len(seen) == 0:
             continue
         with world.autocast():
-            patches = model.see(normalise(pixels.to(world.device), model.config))
-            log_probs = emotion_log_probs(model, patches)
+            sight = model.look(normalise(pixels.to(world.device), model.config))
+            log_probs = emotion_log_probs(model, sight)
             emotions = [EMOTIONS[index] for index in log_probs.argmax(1).tolist()]
-            written = write(model, patches, list(map(model.text.opening, emotions)), top_p=top_p,
+            written = write(model, sight, list(map(model.text.opening, emotions)), top_p=top_p,
                             seeds=[settings.seed + int(painting) for painting in seen])
         for painting, emotion, ids, probs in zip(seen, emotions, written.ids.tolist(), log_probs.exp().tolist(), strict=True):
             found[art.names[painting]] = [emotion, model.text.reason(ids), probs]
@@ -413,14 +424,14 @@ class Interrupted(Exception):
 def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
     """Train, validate, keep the best, and score it on the test split. Returns what results.json holds."""
     settings, world = plan.settings, World(plan.settings)
-    run.leads = world.leads
-    say = Terminal(quiet or not world.leads)
+    run.folder = Path(world.merge({"folder": str(run.folder)} if is_leader() else {})["folder"])
+    say = Terminal(quiet or not is_leader())
     with world.leader_first():
         art = plan.art()
         model = plan.model(art)
         judge, captions = Judge(art), load_captions(art, model)
     model.about = {"data": art.name, "sources": plan.sources, "settings": asdict(settings), "changes": plan.config}
-    if world.leads and not run.path("config.json").is_file():
+    if is_leader() and not run.path("config.json").is_file():
         run.write_json("config.json", {"sevlm": asdict(model.config), "about": model.about})
     model.to(world.device)
     pictures = open_pictures(art, model, settings, world)
@@ -436,7 +447,7 @@ def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
     if run.state_file.is_file():
         at = run.load_state(model, optimizer)
         scaler.load_state_dict(at["scaler"])
-    elif world.leads:
+    elif is_leader():
         run.save_frozen(model)
         run.save_state(model, optimizer, at)
     say.start(run, art, model, examples, pictures, world, at, total)
@@ -475,12 +486,12 @@ def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
                            | ({"skipped_pictures": {art.names[p]: why for p, why in problems.items()}} if problems else {}))
                 if at["step"] % settings.validate_every == 0 or at["step"] == total:
                     validate(run, model, pictures, judge, world, settings, at, say)
-                    if world.leads:
+                    if is_leader():
                         run.save_state(model, optimizer, at)
                     if at["stale"] > settings.patience:
                         break
                 if stop:
-                    if world.leads:
+                    if is_leader():
                         run.save_state(model, optimizer, at)
                     raise Interrupted
     world.wait()
@@ -525,7 +536,7 @@ def backward(forward: nn.Module, model: SEVLM, batches: Iterator[Batch], accumul
 
 def give_up(run: Run, model: SEVLM, optimizer: torch.optim.Optimizer, at: dict, losses: dict, paintings: list[str]) -> None:
     """Stop at numbers that are not finite; the weights have not been changed by them."""
-    if run.leads:
+    if is_leader():
         run.save_state(model, optimizer, at | {"skipped_in_a_row": 0})
     raise UserError(f"step {at['step'] + 1}: the gradient is not finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
                     f"the last good state is saved in {run.folder}. The batch: {', '.join(paintings)}")
@@ -543,7 +554,7 @@ def validate(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, w
     better = acc + bleu > at["best"]
     if better:
         at["best"] = acc + bleu
-        if world.leads:
+        if is_leader():
             save(model, run.folder)
     run.append("log.jsonl", {"step": at["step"], "validation": values, "best": better})
     shown = list(predictions.items())[::max(1, len(predictions) // 6)][:6]
@@ -556,7 +567,7 @@ def finish(run: Run, pictures: Store | OnTheFly, judge: Judge, world: World, set
     """The best model on the test split, which nothing has looked at before."""
     results = test(run, load(run.folder).to(world.device), pictures, judge, world, settings)
     results |= {"steps": at["step"], "skipped_steps": at["skipped"], "seconds": at["seconds"]}
-    if world.leads:
+    if is_leader():
         run.write_json("results.json", results)
         write_report(run, judge.art)
         say.finish(run, results)
@@ -568,7 +579,7 @@ def test(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world
     scores_by = {}
     for name, top_p in (("nucleus", settings.top_p), ("greedy", 0.0)):
         predictions = predict(model, pictures, judge.art, "test", world, settings, top_p)
-        if world.leads:
+        if is_leader():
             with replacing(run.path(f"test-{name}.jsonl")) as path:
                 path.write_text("".join(json.dumps({"image": image, **asdict(p)}) + "\n" for image, p in predictions.items()))
         scores = judge.scores(predictions, "test", novelty=True)
@@ -839,25 +850,24 @@ def study_variants(name: str, full: Config) -> dict[str, dict]:
 def study(options: argparse.Namespace) -> None:
     """Train each variant with each seed, one after the other, and compare them; a stopped study goes on with --resume."""
     folder = Path(options.runs) / (options.name or f"{options.data}-{options.study}")
-    if folder.is_dir() and any(folder.iterdir()) and not options.resume:
-        raise UserError(f"{folder} is not empty; go on with --resume, or name another --name")
+    if not options.resume:
+        refuse_used(folder, "--resume")
     plan = Plan.of(options)
     varied = {name for changes in study_variants(options.study, Config()).values() for name in changes}
     if given := varied & plan.config.keys():
         raise UserError(f"--study {options.study} itself varies {', '.join(sorted(given))}; leave that flag out")
     variants = study_variants(options.study, Config.toy(**plan.config) if options.data == "toy" else Config(**plan.config))
     seeds = range(plan.settings.seed, plan.settings.seed + options.seeds)
-    leads = int(os.environ.get("RANK", "0")) == 0
     for count, (seed, label) in enumerate(itertools.product(seeds, variants), 1):
         run = Run(folder / f"{label.replace(' ', '-')}-{seed}")
-        if leads:
+        if is_leader():
             print(f"\n{label}, seed {seed}: run {count} of {len(variants) * len(seeds)}", flush=True)
         own = dict(seed=seed, **variants[label])
         begun = run.path("config.json").is_file()
         own_plan = run.plan(given_flags(options) | own) if begun else Plan.of(options, **own)
         if not run.path("results.json").is_file():
             train(run, own_plan)
-    if leads:
+    if is_leader():
         compare(folder, options.study, list(variants), list(seeds), plan)
 
 
@@ -940,7 +950,7 @@ def profile(plan: Plan) -> str:
     @torch.no_grad()
     def answer() -> None:
         with world.autocast():
-            seen = model.see(images)
+            seen = model.look(images)
             best = emotion_log_probs(model, seen).argmax(1).tolist()
             write(model, seen, [model.text.opening(EMOTIONS[index]) for index in best], top_p=settings.top_p)
 
@@ -985,8 +995,7 @@ def evaluate_again(options: argparse.Namespace) -> None:
     art = plan.art()
     results = test(run, model, open_pictures(art, model, plan.settings, world), Judge(art), world, plan.settings)
     model.about |= {"evaluated": options.evaluate}
-    run.leads = world.leads
-    if world.leads:
+    if is_leader():
         run.write_json("config.json", {"sevlm": asdict(model.config), "about": model.about})
         run.write_json("results.json", results)
         write_report(run, art)

@@ -6,8 +6,15 @@ What each file guards:
   test_transformers.py     tower and decoder against `transformers`, at full size
   test_model.py            losses, decoding, caches, beams, emotion distribution against slow and obvious versions
   test_weights.py          loading and saving: every naming, every kind of broken file
-  test_protocol.py         splits, votes, file names, ACC, EA against ArtEmis's and the authors' code (fixture)
+  test_protocol.py         splits, votes, file names, cleaning, ACC, EA against ArtEmis's and the authors' code (fixture)
   test_data.py             bad rows and pictures, captions, epochs and negatives, stores, the toy world
+  test_metrics_fixture.py  tokens and scores against the COCO caption evaluation (fixture)
+  test_metrics.py          every score's edge cases, significance, EA's classifier, files and their errors
+  test_train.py            learning, resuming after kills, several processes, refusals, studies, the report
+  test_sample.py           answers, terminal, heatmaps, pages and server, in a real browser where there is one
+  test_readme.py           the README's commands, flags and files
+
+Programs beside them: bench.py measures speed and memory.
 """
 import json
 import os
