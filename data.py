@@ -388,7 +388,7 @@ def fingerprint(*parts) -> str:
 def cached(path: Path, key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Arrays from a file if it was made from the same things (`key`), else built and stored."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with np.load(path) as stored:
             if str(stored["key"]) == key:
                 return {name: stored[name] for name in stored.files}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile):

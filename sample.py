@@ -43,6 +43,7 @@ from sevlm import (
     CLIP_HUB,
     EMOTIONS,
     SEVLM,
+    Sight,
     attention,
     beam_search,
     emotion_log_probs,
@@ -53,8 +54,8 @@ from sevlm import (
 )
 from vad import HERE, UserError, progress, read_lexicon, replacing, run_program
 
-COLOURS = dict(zip(EMOTIONS, ("#c98a12", "#4f7fd0", "#3a9a6b", "#dd6b2f", "#cc4444", "#7f8c2c", "#8462b8", "#4a86a8", "#85857f"),
-                   strict=True))
+COLOURS = {"amusement": "#c98a12", "awe": "#4f7fd0", "contentment": "#3a9a6b", "excitement": "#dd6b2f", "anger": "#cc4444",
+           "disgust": "#7f8c2c", "fear": "#8462b8", "sadness": "#4a86a8", "something else": "#85857f"}
 SCALES = ("valence", "arousal", "dominance")
 BUNDLED = HERE / "examples" / "toy"
 BATCH = 32  # pictures at once
@@ -107,14 +108,15 @@ def load_model(source: str | Path, clip: str = CLIP_HUB, lexicon: str | None = N
 
 def introduce(model: SEVLM, source: str | Path) -> str:
     """One line: which model speaks, and what it was trained on."""
-    about = model.about
-    data = {"toy": "toy paintings and made-up annotators: it knows nothing else"}.get(about.get("data"), about.get("data"))
-    return f"{source}, trained on {data}" if data else f"{source}, of unknown training"
+    about = model.about.get("data", "data unknown")
+    if about == "toy":
+        about = "toy paintings and made-up annotators: it knows nothing else"
+    return f"{source}, trained on {about}"
 
 
 def choose_device(name: str) -> torch.device:
-    available = [kind for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                          ("cpu", True)) if there]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind, usable in there.items() if usable]
     if name == "auto":
         return torch.device(available[0])
     if name not in available:
@@ -151,49 +153,57 @@ class Answer:
 @torch.no_grad()
 def answer(model: SEVLM, pixels: Tensor, names: Sequence[str], wish: Wish) -> list[Answer]:
     """Answers for uint8 pixels (B, 3, S, S)."""
-    started, device, B = time.perf_counter(), model.device, len(pixels)
+    started, device = time.perf_counter(), model.device
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         sight = model.look(normalise(pixels.to(device), model.config))
         probabilities = emotion_log_probs(model, sight).double().exp().cpu()  # (B, 9)
-        if wish.all_emotions:
-            emotions, owner = EMOTIONS * B, torch.arange(B, device=device).repeat_interleave(len(EMOTIONS))
-        else:
-            emotions = [wish.emotion or EMOTIONS[best] for best in probabilities.argmax(1).tolist()]
-            owner = torch.arange(B, device=device)
-        asked = sight[owner] if wish.all_emotions else sight
-        openings, E = [model.text.opening(emotion) for emotion in emotions], wish.sentences
-        if wish.beams:
-            written = beam_search(model, asked, openings, wish.beams)
-        else:  # a picture's seed comes from its pixels, so that its neighbours change nothing
-            own = [zlib.crc32(picture.numpy().tobytes(), wish.seed) for picture in pixels]
-            seeds = [own[picture] + EMOTIONS.index(emotion) for picture, emotion in zip(owner.tolist(), emotions, strict=True)]
-            written = write(model, asked, openings, E, wish.top_p, wish.temperature, seeds)
-        match = reread(model, asked, written.ids).match if model.config.contrastive_head else None
-        best = torch.arange(0, len(written.ids), E, device=device)  # the first of each picture and emotion
-        if wish.best_of:
-            best = best + match.view(-1, E).argmax(1)
-        first = best.view(B, -1)  # (B, 1 or 9)
-        first = first.gather(1, probabilities.argmax(1, keepdim=True).to(device)) if wish.all_emotions else first
-        first = first.squeeze(1)
-        looks = attention(model, sight, written.ids[first]).float().cpu().numpy() if wish.looks else None
-    rows = model.word_vad(written.ids[first]).tolist() if model.config.uses_vad else None
-    ids, log_probs = written.ids.tolist(), written.log_probs.tolist()
-    match = match.tolist() if match is not None else [None] * len(ids)
-    seconds, answers = time.perf_counter() - started, []
+        likeliest = probabilities.argmax(1).tolist()
+        emotions = [EMOTIONS if wish.all_emotions else (wish.emotion or EMOTIONS[best],) for best in likeliest]
+        ids, log_probs, match = explain(model, sight, emotions, pixels, wish)  # (B, M, E, ...)
+        chosen = []  # of each picture: which emotion, which of its sentences
+        for picture, best in enumerate(likeliest):
+            place = best if wish.all_emotions else 0
+            chosen.append((place, int(match[picture, place].argmax()) if wish.best_of else 0))
+        best_ids = torch.stack([ids[picture, m, e] for picture, (m, e) in enumerate(chosen)])  # (B, L)
+        looks = attention(model, sight, best_ids.to(device)).float().cpu().numpy() if wish.looks else None
+    seconds, answers = (time.perf_counter() - started) / len(pixels), []
     for picture, name in enumerate(names):
-        each = len(ids) // B
-        told = [{"emotion": emotions[n // E], "explanation": model.text.reason(ids[n]),
-                 "log_probability": log_probs[n], "match": match[n]} for n in range(picture * each, (picture + 1) * each)]
-        chosen = told[int(first[picture]) - picture * each]
-        words = model.text.words(ids[int(first[picture])])
-        vad = [model.word_vad.values[rows[picture][places[-1]]].tolist() if rows and rows[picture][places[-1]] else None
-               for _, places in words]
-        record = {"image": name, "emotion": chosen["emotion"], "probabilities": probabilities[picture].tolist(),
-                  "explanation": chosen["explanation"], "explanations": told,
-                  "words": [{"word": word, "vad": values} for (word, _), values in zip(words, vad, strict=True)],
-                  "seconds": seconds / B}
-        answers.append(Answer(record, looked(looks[picture], words) if looks is not None else None))
+        told = [[{"emotion": emotion, "explanation": model.text.reason(ids[picture, m, e].tolist()),
+                  "log_probability": log_probs[picture, m, e].item(),
+                  "match": None if match is None else match[picture, m, e].item()} for e in range(wish.sentences)]
+                for m, emotion in enumerate(emotions[picture])]
+        m, e = chosen[picture]
+        words = model.text.words(best_ids[picture].tolist())
+        record = {"image": name, "emotion": told[m][e]["emotion"], "probabilities": probabilities[picture].tolist(),
+                  "explanation": told[m][e]["explanation"], "explanations": [one for each in told for one in each],
+                  "words": vad_of(model, best_ids[picture], words), "seconds": seconds}
+        answers.append(Answer(record, looked(looks[picture], words) if wish.looks else None))
     return answers
+
+
+def explain(model: SEVLM, sight: Sight, emotions: Sequence[Sequence[str]], pixels: Tensor, wish: Wish
+            ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """E sentences for each of M emotions of each picture: ids (B, M, E, L), their log-probabilities and matches."""
+    B, M, E = len(sight), len(emotions[0]), wish.sentences
+    if M > 1:
+        sight = sight[torch.arange(B, device=model.device).repeat_interleave(M)]
+    openings = [model.text.opening(emotion) for each in emotions for emotion in each]
+    if wish.beams:
+        written = beam_search(model, sight, openings, wish.beams)
+    else:  # a picture's seed comes from its pixels, so that its neighbours change nothing
+        own = [zlib.crc32(picture.numpy().tobytes(), wish.seed) for picture in pixels]
+        seeds = [seed + EMOTIONS.index(emotion) for seed, each in zip(own, emotions, strict=True) for emotion in each]
+        written = write(model, sight, openings, E, wish.top_p, wish.temperature, seeds)
+    match = reread(model, sight, written.ids).match if model.config.contrastive_head else None
+    return (written.ids.view(B, M, E, -1).cpu(), written.log_probs.view(B, M, E).cpu(),
+            None if match is None else match.view(B, M, E).cpu())
+
+
+def vad_of(model: SEVLM, ids: Tensor, words: list[tuple[str, list[int]]]) -> list[dict]:
+    """Each word with its VAD, that of its last token's word so far."""
+    rows = model.word_vad(ids[None].to(model.device))[0].tolist() if model.config.uses_vad else [0] * len(ids)
+    return [{"word": word, "vad": model.word_vad.values[rows[places[-1]]].tolist() if rows[places[-1]] else None}
+            for word, places in words]
 
 
 def looked(looks: np.ndarray, words: list[tuple[str, list[int]]]) -> np.ndarray:
@@ -264,15 +274,17 @@ class Paper:
         for emotion, share in likely(record["probabilities"], 5):
             bar = self.paint(self.bar(share, max(self.width - 30, 8)), COLOURS[emotion])
             lines.append(f"  {emotion:15}{share:5.0%}  {bar}")
+        lines.append("")
         for told in record["explanations"]:
             chosen = told["emotion"] == record["emotion"] and told["explanation"] == record["explanation"]
             sentence = textwrap.wrap(f"{told['emotion']} because {told['explanation']}", self.width - 4)
-            head = self.paint(sentence[0][:len(told["emotion"])], COLOURS[told["emotion"]], bold=chosen) + sentence[0][len(told["emotion"]):]
-            lines += ["", *("  " + line for line in [head, *sentence[1:]])] if told is record["explanations"][0] else [
-                "  " + line for line in [head, *sentence[1:]]]
+            end = len(told["emotion"])
+            sentence[0] = self.paint(sentence[0][:end], COLOURS[told["emotion"]], bold=chosen) + sentence[0][end:]
+            lines += ["  " + line for line in sentence]
         if vad := mean_vad(record):
             gauges = [self.gauge(name, value) for name, value in zip(SCALES, vad, strict=True)]
-            lines += ["", *(["  " + "   ".join(gauges)] if sum(map(len, gauges)) + 8 <= self.width else ["  " + g for g in gauges])]
+            line = "   ".join(gauges)
+            lines += ["", *("  " + text for text in ([line] if len(line) + 4 <= self.width else gauges))]
         return "\n".join(lines)
 
 
@@ -281,7 +293,8 @@ class Paper:
 def heat(image: Image.Image, look: np.ndarray, side: int) -> Image.Image:
     """The picture, dark where the model did not look and warm where it did."""
     picture = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC), np.float32)
-    weight = np.asarray(Image.fromarray(look.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    smooth = Image.fromarray(look.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+    weight = np.asarray(smooth).clip(0, 1)[..., None]
     return Image.fromarray((picture * (0.4 + 0.6 * weight) + weight**2 * (60, 25, 0)).clip(0, 255).astype(np.uint8))
 
 
@@ -333,8 +346,8 @@ def data_uri(image: Image.Image, side: int) -> str:
 
 def bars(probabilities: Sequence[float], most: int = 4) -> str:
     """The likely emotions as bars."""
-    lines = [f'<li><span>{emotion}</span><i style="width:{100 * share:.1f}%;background:{COLOURS[emotion]}"></i><b>{share:.0%}</b>'
-             for emotion, share in likely(probabilities, most)]
+    lines = [f'<li><span>{emotion}</span><i style="width:{100 * share:.1f}%;background:{COLOURS[emotion]}"></i>'
+             f'<b>{share:.0%}</b>' for emotion, share in likely(probabilities, most)]
     return f'<ul class="bars">{"".join(lines)}</ul>'
 
 
@@ -342,6 +355,12 @@ def gauges(vad: list[float] | None) -> str:
     lines = [f'<span class="gauge">{name}<i><b style="left:{50 + 50 * value:.0f}%"></b></i>{value:+.2f}</span>'
              for name, value in zip(SCALES, vad or [], strict=False)]
     return f'<p class="gauges">{"".join(lines)}</p>' if lines else ""
+
+
+def because(told: dict) -> str:
+    """An emotion and its explanation."""
+    emotion = told["emotion"]
+    return f'<b style="color:{COLOURS[emotion]}">{emotion}</b> because {escape(told["explanation"])}'
 
 
 def spoken(found: Answer) -> str:
@@ -352,7 +371,8 @@ def spoken(found: Answer) -> str:
         if found.looks is not None:
             packed = base64.b64encode((found.looks[place] * 255).round().astype(np.uint8).tobytes()).decode()
             look = f' tabindex="0" data-look="{packed}"'
-        words.append(f'<span class="word" style="--tone:{valence_colour(word["vad"])}"{look}>{escape(word["word"])}</span>')
+        tone = valence_colour(word["vad"])
+        words.append(f'<span class="word" style="--tone:{tone}"{look}>{escape(word["word"])}</span>')
     emotion = found.record["emotion"]
     return f'<p class="said"><b style="color:{COLOURS[emotion]}">{emotion}</b> because {" ".join(words)}</p>'
 
@@ -362,13 +382,13 @@ def card(found: Answer, image: Image.Image | None) -> str:
     record = found.record
     title = f'<h2>{escape(Path(record["image"]).name)}</h2>'
     if "error" in record:
-        return f'<article class="card broken"><div>{title}<p>cannot be read: {escape(record["error"])}</p></div></article>'
-    others = "".join(f'<li><b style="color:{COLOURS[told["emotion"]]}">{told["emotion"]}</b> because {escape(told["explanation"])}'
-                     for told in record["explanations"] if (told["emotion"], told["explanation"]) != (record["emotion"], record["explanation"]))
-    picture = f'<img src="{data_uri(image, 480)}" alt="">' if image else ""
-    return (f'<article class="card"><div class="picture">{picture}<canvas aria-hidden="true"></canvas></div><div>{title}'
-            f'{spoken(found)}{bars(record["probabilities"])}{gauges(mean_vad(record))}'
-            f'{f"<ul class=others>{others}</ul>" if others else ""}</div></article>')
+        problem = escape(record["error"])
+        return f'<article class="card broken"><div>{title}<p>cannot be read: {problem}</p></div></article>'
+    chosen = because(record)
+    others = "".join(f"<li>{line}" for line in map(because, record["explanations"]) if line != chosen)
+    return (f'<article class="card"><div class="picture"><img src="{data_uri(image, 480)}" alt="">'
+            f'<canvas aria-hidden="true"></canvas></div><div>{title}{spoken(found)}{bars(record["probabilities"])}'
+            f'{gauges(mean_vad(record))}<ul class="others">{others}</ul></div></article>')
 
 
 def gallery(found: Sequence[Answer], about: str) -> str:
@@ -378,21 +398,26 @@ def gallery(found: Sequence[Answer], about: str) -> str:
         broken = "error" in one.record
         cards.append(card(one, None if broken else open_picture(one.record["image"], 480)))
     hint = "Point at a word to see where the model looked." if any(one.looks is not None for one in found) else ""
-    body = f'<h1>What these pictures evoke</h1><p class="about">{escape(about)}. {hint}</p><main class="gallery">{"".join(cards)}</main>'
-    return page("What these pictures evoke", body, script=LOOK_SCRIPT)
+    title = "What these pictures evoke"
+    head = f'<h1>{title}</h1><p class="about">{escape(about)}. {hint}</p>'
+    return page(title, f'{head}<main class="gallery">{"".join(cards)}</main>', script=LOOK_SCRIPT)
 
 
 def page(title: str, body: str, style: str = "", script: str = "", connect: str = "'none'") -> str:
     """A whole page that loads nothing from elsewhere."""
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src {connect}"
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title><style>{STYLE}{style}</style></head>'
+    policy = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+              f"connect-src {connect}")
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}{style}</style></head>'
             f'<body>{body}<script>{script}</script></body></html>\n')
 
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --ink: #24241f; --soft: #6b6b66; --line: #e3e0d8; --card: #ffffff; }
-@media (prefers-color-scheme: dark) { :root { --ground: #17181a; --ink: #e9e7e1; --soft: #9d9b94; --line: #33343a; --card: #202226; } }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #17181a; --ink: #e9e7e1; --soft: #9d9b94; --line: #33343a; --card: #202226; }
+}
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 1180px; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
@@ -413,7 +438,8 @@ h1 { font-size: 1.7rem; font-weight: 650; margin: 0 0 .3rem; } h2 { font-size: 1
 .gauges { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0 0; font-size: .8rem; color: var(--soft); }
 .gauge { display: inline-flex; align-items: center; gap: .45em; }
 .gauge i { position: relative; width: 4.2em; height: 3px; border-radius: 2px; background: var(--line); }
-.gauge i b { position: absolute; top: -3.5px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%; background: var(--soft); }
+.gauge i b { position: absolute; top: -3.5px; width: 10px; height: 10px; margin-left: -5px; border-radius: 50%; }
+.gauge i b { background: var(--soft); }
 .broken p { color: #cc4444; }
 """
 
@@ -541,8 +567,8 @@ def server(model: SEVLM, wish: Wish, about: str, port: int) -> ThreadingHTTPServ
 def serve(model: SEVLM, wish: Wish, about: str, port: int) -> None:
     with server(model, wish, about, port) as running:
         running.daemon_threads = True
-        print(f"http://127.0.0.1:{running.server_port}/ answers; Ctrl-C ends it", flush=True)
         try:
+            print(f"http://127.0.0.1:{running.server_port}/ answers; Ctrl-C ends it", flush=True)
             running.serve_forever()
         except KeyboardInterrupt:
             print()
@@ -550,20 +576,24 @@ def serve(model: SEVLM, wish: Wish, about: str, port: int) -> None:
 
 def serving_page(about: str) -> str:
     choices = "".join(f"<option>{emotion}</option>" for emotion in EMOTIONS)
-    body = f"""<h1>What does this picture evoke?</h1><p class="about">{escape(about)}. Your picture stays on this machine.</p>
+    body = f"""<h1>What does this picture evoke?</h1>
+<p class="about">{escape(about)}. Your picture stays on this machine.</p>
 <form><label class="drop"><input type="file" accept="image/*"><span><b>Choose a picture</b> or drop one here</span></label>
 <div class="ask" hidden><label>Emotion <select><option value="">the most likely</option>{choices}</select></label>
-<button type="button">Another sentence</button></div></form><p role="status" aria-live="polite"></p><section aria-live="polite"></section>"""
+<button type="button">Another sentence</button></div></form>
+<p role="status" aria-live="polite"></p><section aria-live="polite"></section>"""
     return page("What does this picture evoke?", body, SERVING_STYLE, LOOK_SCRIPT + SERVING_SCRIPT, "'self'")
 
 
 SERVING_STYLE = """
 body { max-width: 640px; }
-.drop { display: block; padding: 2.2rem 1rem; text-align: center; border: 2px dashed var(--line); border-radius: 12px; cursor: pointer; }
+.drop { display: block; padding: 2.2rem 1rem; text-align: center; cursor: pointer; }
+.drop { border: 2px dashed var(--line); border-radius: 12px; }
 .drop.over, .drop:hover { border-color: var(--soft); } .drop:focus-within { outline: 3px solid #4f7fd0; outline-offset: 2px; }
 .drop input { position: absolute; width: 1px; height: 1px; opacity: 0; }
 .ask { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; align-items: center; margin: 1rem 0; } .ask[hidden] { display: none; }
-button, select { font: inherit; padding: .4rem .8rem; border-radius: 8px; border: 1px solid var(--line); background: var(--card); color: inherit; }
+button, select { font: inherit; padding: .4rem .8rem; border-radius: 8px; border: 1px solid var(--line); }
+button, select { background: var(--card); color: inherit; }
 [role=status] { min-height: 1.6em; color: var(--soft); margin: .8rem 0; }
 """
 

@@ -67,6 +67,7 @@ from data import (
 )
 from metrics import (
     Prediction,
+    Score,
     Scores,
     aligned,
     as_json,
@@ -76,12 +77,11 @@ from metrics import (
     display,
     emotions_of,
     evaluate,
-    number,
     read_predictions,
     references_of,
     text_classifier_of,
 )
-from sample import COLOURS, bars, choose_device, data_uri, load_model, page
+from sample import bars, because, choose_device, data_uri, load_model, page
 from sevlm import CLIP_HUB, DIFFERENCES, EMOTIONS, SEVLM, Config, emotion_log_probs, load, option, save, write
 from vad import UserError, read_lexicon, replacing, run_program
 
@@ -111,7 +111,7 @@ class Settings:
     def __post_init__(self):
         for name in ("epochs", "batch", "accumulate", "lr", "vad_lr", "validate_every"):
             if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0")
+                raise UserError(f"{flag(name)} must be above 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p {self.top_p} must lie above 0 and not above 1")
 
@@ -121,19 +121,24 @@ MAIN_LOSSES = ("language", "vad", "contrastive")
 STUDIES = ("components", "encoder", "negatives", "alpha", "ours")
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def add_fields(parser: argparse.ArgumentParser, title: str, kind: type, toy: dict) -> None:
     """A flag for each field of a dataclass, with its help text and defaults."""
     group = parser.add_argument_group(title)
     for setting in dataclasses.fields(kind):
         default, own = setting.default, toy.get(setting.name, setting.default)
         text = f"{setting.metadata['help']} (default: {default}" + (f"; toy: {own})" if own != default else ")")
-        flag = "--" + setting.name.replace("_", "-")
-        how = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default), metavar="X")
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+        switch = isinstance(default, bool)
+        how = dict(action=argparse.BooleanOptionalAction) if switch else dict(type=type(default), metavar="X")
+        group.add_argument(flag(setting.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train SEVLM.", usage="%(prog)s [--data NAME] [flags]", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Train SEVLM.", usage="%(prog)s [--data NAME] [flags]",
+                                     allow_abbrev=False)
     parser.add_argument("--name", help="of the folder under runs/ (default: data and time)")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders are (default: runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run --name, by default the newest")
@@ -149,6 +154,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+SOURCES = ("data", "data_root", "images", "lexicon", "gpt2", "clip", "toy_paintings")
+
+
 @dataclass
 class Plan:
     """All that decides a run: where the data is, how to train, and which model."""
@@ -160,13 +168,12 @@ class Plan:
     def of(cls, options: argparse.Namespace, **changes) -> "Plan":
         given = vars(options) | changes
         toy = given["data"] == "toy"
-        settings = (TOY if toy else {}) | {f.name: given[f.name] for f in dataclasses.fields(Settings) if f.name in given}
-        config = {f.name: given[f.name] for f in dataclasses.fields(Config) if f.name in given}
+        settings, config = ({field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
+                            for kind in (Settings, Config))
         for name, needed in NEEDS.items():
             if name in config and not config.get(needed, True):
-                raise UserError(f"--{name.replace('_', '-')} has no effect with --no-{needed.replace('_', '-')}; leave one of them out")
-        sources = {name: given[name] for name in ("data", "data_root", "images", "lexicon", "gpt2", "clip", "toy_paintings")}
-        return cls(sources, Settings(**settings), config)
+                raise UserError(f"{flag(name)} has no effect with --no{flag(needed)[1:]}; leave one of them out")
+        return cls({name: given[name] for name in SOURCES}, Settings(**(TOY if toy else {}) | settings), config)
 
     def art(self) -> Art:
         return load_art(*(self.sources[name] for name in ("data", "data_root", "images", "toy_paintings")))
@@ -292,11 +299,11 @@ class Run:
         known = about["sources"] | about["settings"] | stored["sevlm"]
         for name in given.keys() & known.keys() - set(MAY_MOVE):
             if given[name] != known[name]:
-                raise UserError(f"--{name.replace('_', '-')} {given[name]} contradicts {self.folder}, which began with {known[name]}; "
+                raise UserError(f"{flag(name)} {given[name]} contradicts {self.folder}, which began with {known[name]}; "
                                 f"leave it out, or start another --name")
-        moved = {name: value for name, value in given.items() if name in MAY_MOVE}
-        return Plan({name: moved.get(name, value) for name, value in about["sources"].items()},
-                    Settings(**{name: moved.get(name, value) for name, value in about["settings"].items()}), about["changes"])
+        sources, settings = ({name: given[name] if name in MAY_MOVE and name in given else value
+                              for name, value in about[part].items()} for part in ("sources", "settings"))
+        return Plan(sources, Settings(**settings), about["changes"])
 
     def write_json(self, name: str, content) -> None:
         with replacing(self.path(name)) as path:
@@ -308,14 +315,17 @@ class Run:
                 file.write(json.dumps(record) + "\n")
 
     def records(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in self.path(name).read_text().splitlines()] if self.path(name).is_file() else []
+        path = self.path(name)
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def save_state(self, model: SEVLM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
         """Weights, optimizer and position in one file, so that they always belong together."""
-        tensors = {f"model.{name}": parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        sizes = {name: self.path(name).stat().st_size if self.path(name).is_file() else 0 for name in ("log.jsonl", "samples.jsonl")}
+        sizes = {name: self.path(name).stat().st_size if self.path(name).is_file() else 0
+                 for name in ("log.jsonl", "samples.jsonl")}
         with replacing(self.state_file) as path:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path,
                       {"progress": json.dumps(progress | {"sizes": sizes})})
@@ -324,7 +334,8 @@ class Run:
         """What does not change, once: a frozen tower and the lexicon's tables."""
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         with replacing(self.frozen_file) as path:
-            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in trained}, path)
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()
+                       if name not in trained}, path)
 
     def load_state(self, model: SEVLM, optimizer: torch.optim.Optimizer) -> dict:
         """Put model, optimizer, log and samples back to where the state was saved."""
@@ -332,13 +343,15 @@ class Run:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             weights = {name: frozen.get_tensor(name) for name in frozen.keys()}  # noqa: SIM118
-        weights |= {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        model.load_state_dict(weights)
         state: dict[int, dict] = {}
         for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
+            owner, rest = name.split(".", 1)
+            if owner == "model":
+                weights[rest] = tensor
+            else:
+                index, key = rest.split(".")
                 state.setdefault(int(index), {})[key] = tensor
+        model.load_state_dict(weights)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         if is_leader():
             for name, size in progress.pop("sizes").items():
@@ -351,8 +364,8 @@ def find_run(options: argparse.Namespace) -> Run:
     """The folder that the options mean; a used one only with --resume."""
     runs = Path(options.runs)
     if options.resume:
-        found = [runs / options.name] if options.name else sorted(runs.glob("*/config.json"), key=lambda p: p.stat().st_mtime)[-1:]
-        folder = found[0].parent if found and found[0].name == "config.json" else found[0] if found else runs
+        newest = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)[-1:]
+        folder = runs / options.name if options.name else newest[0].parent if newest else runs
         if not (folder / "config.json").is_file():
             raise UserError(f"--resume: {folder} holds no run")
         return Run(folder)
@@ -384,8 +397,9 @@ def predict(model: SEVLM, pictures: Store | OnTheFly, art: Art, split: str, worl
             emotions = [EMOTIONS[index] for index in log_probs.argmax(1).tolist()]
             written = write(model, sight, list(map(model.text.opening, emotions)), top_p=top_p,
                             seeds=[settings.seed + int(painting) for painting in seen])
-        for painting, emotion, ids, probs in zip(seen, emotions, written.ids.tolist(), log_probs.exp().tolist(), strict=True):
-            found[art.names[painting]] = [emotion, model.text.reason(ids), probs]
+        reasons = map(model.text.reason, written.ids.tolist())
+        for painting, *values in zip(seen, emotions, reasons, log_probs.exp().tolist(), strict=True):
+            found[art.names[painting]] = values
     model.train()
     return {name: Prediction(*values) for name, values in sorted(world.merge(found).items())}
 
@@ -458,16 +472,17 @@ def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
             batches = iter(loader(examples.epoch(epoch, settings.batch, world.rank, world.size, settings.accumulate),
                                   world.workers, world.device, done * settings.accumulate))
             for step in range(at["step"], (epoch + 1) * steps):
-                torch.manual_seed(int(np.random.SeedSequence((settings.seed, step, world.rank)).generate_state(1)[0]))  # dropout
-                factor = pace(step, total, settings.warmup)
+                [own] = np.random.SeedSequence((settings.seed, step, world.rank)).generate_state(1)
+                torch.manual_seed(int(own))  # dropout
                 for group in optimizer.param_groups:
-                    group["lr"] = group["base"] * factor
+                    group["lr"] = group["base"] * pace(step, total, settings.warmup)
                 losses, paintings, problems = backward(forward, model, batches, settings.accumulate, scaler, world)
                 scaler.unscale_(optimizer)
                 norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-                *numbers, norm, stop = world.sum(torch.stack([*losses.values(), norm / world.size,
-                                                              torch.tensor(float(stop_asked.is_set()), device=world.device)])).tolist()
-                values = dict(zip(losses, numbers, strict=True))
+                stop = torch.tensor(float(stop_asked.is_set()), device=world.device)
+                mine = torch.stack([*losses.values(), norm / world.size, stop])
+                *values, norm, stop = world.sum(mine).tolist()  # the only wait for the device in a step
+                values = dict(zip(losses, values, strict=True))
                 if not math.isfinite(norm):
                     at["skipped_in_a_row"] += 1
                     at["skipped"] += 1
@@ -503,8 +518,9 @@ def open_pictures(art: Art, model: SEVLM, settings: Settings, world: World) -> S
     if settings.cache == "off":
         return OnTheFly(art, model.config)
     features = not model.config.train_tower
-    name = f"{art.name}-features-{tower_fingerprint(model)[:8]}.npy" if features else f"{art.name}-pixels-{model.config.image_size}.npy"
-    store = Store(Path(settings.cache or art.folder / "cache") / name, art, model, features)
+    what = f"features-{tower_fingerprint(model)[:8]}" if features else f"pixels-{model.config.image_size}"
+    folder = Path(settings.cache or art.folder / "cache")
+    store = Store(folder / f"{art.name}-{what}.npy", art, model, features)
     with world.leader_first():
         store.open()
     store.fill(world.workers, part=world.rank, parts=world.size)
@@ -522,28 +538,31 @@ def backward(forward: nn.Module, model: SEVLM, batches: Iterator[Batch], accumul
         with contextlib.nullcontext() if last or world.size == 1 else forward.no_sync(), world.autocast():
             try:
                 output = forward(normalise(batch.pictures, model.config), **batch.inputs)
-                parts = {name: output.losses[name] * batch.shares[name] for name in MAIN_LOSSES if name in output.losses}
+                parts = {name: output.losses[name] * batch.shares[name]
+                         for name in MAIN_LOSSES if name in output.losses}
                 total = sum(part * model.weight(name) for name, part in parts.items())  # Eq. 8
                 scaler.scale(total * world.size).backward()  # DistributedDataParallel takes the mean over processes
             except torch.cuda.OutOfMemoryError:
-                raise UserError(f"out of memory with {len(batch.paintings)} paintings at once: --accumulate {2 * accumulate} "
-                                f"computes the same in half the memory") from None
+                raise UserError(f"out of memory with {len(batch.paintings)} paintings at once: --accumulate "
+                                f"{2 * accumulate} computes the same in half the memory") from None
         losses = {name: losses.get(name, 0) + part.detach() for name, part in parts.items()}
         paintings += batch.paintings.tolist()
         problems |= batch.problems
     return losses, paintings, problems
 
 
-def give_up(run: Run, model: SEVLM, optimizer: torch.optim.Optimizer, at: dict, losses: dict, paintings: list[str]) -> None:
+def give_up(run: Run, model: SEVLM, optimizer: torch.optim.Optimizer, at: dict, losses: dict,
+            paintings: list[str]) -> None:
     """Stop at numbers that are not finite; the weights have not been changed by them."""
     if is_leader():
         run.save_state(model, optimizer, at | {"skipped_in_a_row": 0})
-    raise UserError(f"step {at['step'] + 1}: the gradient is not finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
-                    f"the last good state is saved in {run.folder}. The batch: {', '.join(paintings)}")
+    shown = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    raise UserError(f"step {at['step'] + 1}: the gradient is not finite ({shown}); the last good state is saved in "
+                    f"{run.folder}. The batch: {', '.join(paintings)}")
 
 
-def validate(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings, at: dict,
-             say: "Terminal") -> None:
+def validate(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings,
+             at: dict, say: "Terminal") -> None:
     """Score the validation split greedily. The authors keep the best ACC and the best BLEU-4 and stop when neither
     has improved for a while; we stop by the same rule, and keep one model, the best by the sum of the two."""
     predictions = predict(model, pictures, judge.art, "val", world, settings, top_p=0.0)
@@ -563,7 +582,8 @@ def validate(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, w
     say.validation(at, values, better, shown)
 
 
-def finish(run: Run, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings, at: dict, say: "Terminal") -> dict:
+def finish(run: Run, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings, at: dict,
+           say: "Terminal") -> dict:
     """The best model on the test split, which nothing has looked at before."""
     results = test(run, load(run.folder).to(world.device), pictures, judge, world, settings)
     results |= {"steps": at["step"], "skipped_steps": at["skipped"], "seconds": at["seconds"]}
@@ -580,15 +600,16 @@ def test(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world
     for name, top_p in (("nucleus", settings.top_p), ("greedy", 0.0)):
         predictions = predict(model, pictures, judge.art, "test", world, settings, top_p)
         if is_leader():
+            lines = [json.dumps({"image": image, **asdict(prediction)}) for image, prediction in predictions.items()]
             with replacing(run.path(f"test-{name}.jsonl")) as path:
-                path.write_text("".join(json.dumps({"image": image, **asdict(p)}) + "\n" for image, p in predictions.items()))
+                path.write_text("\n".join(lines) + "\n")
         scores = judge.scores(predictions, "test", novelty=True)
-        scores_by[name] = as_json(scores, bootstrap(scores), {}, {})
-        scores_by[name]["confusion"] = confusion_matrix(*emotions_of(predictions, references_of(judge.art, "test"))).tolist()
+        confusion = confusion_matrix(*emotions_of(predictions, references_of(judge.art, "test")))
+        scores_by[name] = as_json(scores, bootstrap(scores), {}, {}) | {"confusion": confusion.tolist()}
     unusable = {judge.art.names[p]: why for p, why in pictures.problems.items()}
-    return {"test": scores_by, "best_possible_acc": best_accuracy(judge.art, "test"), "ea_classifier": judge.classifier.accuracy,
-            "memory_gb": peak_memory(world.device), "processes": world.size, "precision": str(world.dtype).split(".")[1],
-            "unusable_pictures": unusable, **environment(world.device)}
+    return {"test": scores_by, "best_possible_acc": best_accuracy(judge.art, "test"),
+            "ea_classifier": judge.classifier.accuracy, "memory_gb": peak_memory(world.device), "processes": world.size,
+            "precision": str(world.dtype).split(".")[1], "unusable_pictures": unusable, **environment(world.device)}
 
 
 @contextlib.contextmanager
@@ -621,13 +642,14 @@ def environment(device: torch.device) -> dict[str, str]:
     """Device, versions and revision: what somebody needs to know who gets other numbers."""
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
                               cwd=Path(__file__).parent).stdout.strip()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    own = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else own
     return {"device": f"{device.type}: {name}", "python": platform.python_version(), "torch": torch.__version__,
             "numpy": np.__version__, "revision": revision or "unknown"}
 
 
 class Terminal:
-    """What a run says: one line that updates, a block at each validation, a table at the end; plain if not a terminal."""
+    """What a run says: a line that updates, a block at each validation, a table at the end; plain if no terminal."""
 
     def __init__(self, quiet: bool):
         self.quiet, self.live, self.smooth, self.rate = quiet, sys.stdout.isatty(), {}, 0.0
@@ -637,11 +659,12 @@ class Terminal:
         if not self.quiet:
             print(("\r\x1b[K" if self.live else "") + text, flush=True)
 
-    def start(self, run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Store | OnTheFly, world: World, at: dict,
-              total: int) -> None:
+    def start(self, run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Store | OnTheFly, world: World,
+              at: dict, total: int) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.line(f"{run.folder}: {len(examples):,} paintings of {art.name}, {trained:,} weights to train on {world.device}"
-                  + (f" and {world.size - 1} more" if world.size > 1 else "") + f", in {str(world.dtype).split('.')[1]} ({world.why})")
+        others, precision = f" and {world.size - 1} more" * (world.size > 1), str(world.dtype).split(".")[1]
+        self.line(f"{run.folder}: {len(examples):,} paintings of {art.name}, {trained:,} weights to train "
+                  f"on {world.device}{others}, in {precision} ({world.why})")
         if pictures.problems:
             self.line(f"{len(pictures.problems):,} pictures cannot be used, such as "
                       + "; ".join(f"{art.names[p]}: {why}" for p, why in list(pictures.problems.items())[:3]))
@@ -659,13 +682,14 @@ class Terminal:
             return
         self.last, left = now, timedelta(seconds=round((total - at["step"]) * batch / self.rate))
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
-        text = f"step {at['step']:,}/{total:,}  {100 * at['step'] // total}%  {shown}  {self.rate:.0f} pictures/s  {left} left"
+        text = (f"step {at['step']:,}/{total:,}  {100 * at['step'] // total}%  {shown}  {self.rate:.0f} pictures/s  "
+                f"{left} left")
         print(f"\r{text}\x1b[K" if self.live else text, end="" if self.live else "\n", flush=True)
 
-    def validation(self, at: dict, values: dict[str, float], better: bool, shown: Sequence[tuple[str, Prediction]]) -> None:
-        names = [name for name in ("ACC", "EA", "BLEU-1", "BLEU-4", "METEOR (exact+stem)", "ROUGE-L", "CIDEr", "Unique") if name in values]
-        self.line(f"validation at step {at['step']:,}: " + "  ".join(f"{name} {100 * values[name]:.1f}" for name in names)
-                  + ("  best so far" if better else ""))
+    def validation(self, at: dict, values: dict[str, float], better: bool,
+                   shown: Sequence[tuple[str, Prediction]]) -> None:
+        scores = "  ".join(f"{name} {100 * values[name]:.1f}" for name in TABLE if name in values)
+        self.line(f"validation at step {at['step']:,}: {scores}" + "  best so far" * better)
         for image, prediction in shown[:2]:
             self.line(f"    {image.split('/')[-1]}: {prediction.emotion} because {prediction.explanation}")
 
@@ -680,7 +704,7 @@ class Terminal:
 
 # 6. Report
 
-TABLE = ("ACC", "EA", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR (exact+stem)", "ROUGE-L", "CIDEr", "Unique")  # Table 1
+TABLE = ("ACC", "EA", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR (exact+stem)", "ROUGE-L", "CIDEr", "Unique")
 LINES = ("#4878a8", "#d9822b", "#5a9e5f", "#b5546c", "#8268b0", "#8a8a80")
 
 
@@ -700,42 +724,51 @@ def chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
     def place(x: float, y: float) -> tuple[float, float]:
         return left + (width - left - 12) * x / xs[-1], height - bottom - (height - top - bottom) * y / ys[-1]
 
-    parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
+    parts = []
     for y in ys:
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{place(0, y)[1]:.1f}" y2="{place(0, y)[1]:.1f}"/>'
-                     f'<text x="{left - 6}" y="{place(0, y)[1] + 4:.1f}" text-anchor="end">{y:g}</text>')
-    parts += [f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="{"end" if x == xs[-1] else "middle"}">{x:,.6g}</text>' for x in xs]
+        level = place(0, y)[1]
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{level:.1f}" y2="{level:.1f}"/>'
+                     f'<text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in xs:
+        anchor = "end" if x == xs[-1] else "middle"
+        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}">{x:,.6g}</text>')
     at = left
     for (name, curve), colour in zip(curves.items(), itertools.cycle(LINES)):
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8" stroke-linejoin="round"/>')
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         if len(curves) > 1:
             parts.append(f'<text x="{at}" y="31" style="fill:{colour}">{escape(name)}</text>')
             at += 7 * len(name) + 14
-    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return drawing(width, height, title, parts)
+
+
+def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
+    head = f'<text class="title" x="0" y="14">{escape(title)}</text>'
+    return (f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+            f'{head}{"".join(parts)}</svg>')
 
 
 def bar_picture(title: str, values: dict[str, tuple[float, float, float]]) -> str:
     """A horizontal bar for each name's (value, low, high), with the interval as a line over its end."""
     left, width, row = 150, 420, 24
     top = round_steps(max(max(v) for v in values.values()) or 1)[-1]
-    parts = [f'<text class="title" x="0" y="14">{escape(title)}</text>']
+    parts = []
     for index, (name, bounds) in enumerate(values.items()):
         y = 26 + row * index
         value, low, high = (left + (width - left - 50) * bound / top for bound in bounds)
         parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
-                     f'<rect x="{left}" y="{y + 2}" width="{value - left:.1f}" height="15" rx="2" fill="{LINES[index > 0]}"/>'
-                     f'<path class="whisker" d="M{low:.1f},{y + 9.5} H{high:.1f} M{low:.1f},{y + 6} v7 M{high:.1f},{y + 6} v7"/>'
+                     f'<rect x="{left}" y="{y + 2}" width="{value - left:.1f}" height="15" fill="{LINES[index > 0]}"/>'
+                     f'<path class="whisker" d="M{low:.1f},{y + 9.5} H{high:.1f} m0,-3.5 v7 M{low:.1f},{y + 6} v7"/>'
                      f'<text x="{high + 6:.1f}" y="{y + 14}">{bounds[0]:.1f}</text>')
-    return (f'<svg class="chart" viewBox="0 0 {width} {30 + row * len(values)}" role="img" aria-label="{escape(title)}">'
-            f'{"".join(parts)}</svg>')
+    return drawing(width, 30 + row * len(values), title, parts)
 
 
 def html_table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
     """The first row and the first column are headings."""
     head, *body = [[escape(str(cell)) for cell in row] for row in rows]
-    lines = ["<tr><th scope=row>" + first + "".join(f"<td>{cell}" for cell in rest) for first, *rest in body]
-    return f'<div class="wide"><table class="{kind}"><tr>{"".join(f"<th scope=col>{cell}" for cell in head)}{"".join(lines)}</table></div>'
+    lines = ["<tr>" + "".join(f"<th scope=col>{cell}" for cell in head)]
+    lines += ["<tr><th scope=row>" + first + "".join(f"<td>{cell}" for cell in rest) for first, *rest in body]
+    return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
 
 
 def confusion_table(confusion: list[list[int]]) -> str:
@@ -753,15 +786,18 @@ def score_rows(results: dict) -> list[list[str]]:
     rows = [["test", "nucleus", "95% interval", "greedy", "95% interval", "images"]]
     for name, count in greedy["counts"].items():
         if greedy.get(name) is not None and nucleus.get(name) is not None:
-            cells = [text for part in (nucleus, greedy) for text in
-                     (display(name, part[name]), " .. ".join(display(name, bound) for bound in part["intervals"][name]))]
-            rows.append([name, *cells, f"{count:,}"])
+            rows.append([name])
+            for part in (nucleus, greedy):
+                bounds = " .. ".join(display(name, bound) for bound in part["intervals"][name])
+                rows[-1] += [display(name, part[name]), bounds]
+            rows[-1].append(f"{count:,}")
     return rows
 
 
 def smoothed(points: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
     """At most so many points, each the mean of its neighbourhood."""
-    return [tuple(np.mean(part, 0)) for part in np.array_split(np.array(points), min(most, len(points)))] if points else []
+    parts = np.array_split(np.array(points), min(most, len(points))) if points else []
+    return [tuple(part.mean(0)) for part in parts]
 
 
 def curves_of(records: list[dict]) -> str:
@@ -771,8 +807,8 @@ def curves_of(records: list[dict]) -> str:
               for name in (steps[0]["losses"] if steps else ())]
     for title, names in (("emotion: ACC, EA, top-2", ("ACC", "EA", "Top-2")), ("words: BLEU-4, METEOR, ROUGE-L", (
             "BLEU-4", "METEOR (exact+stem)", "ROUGE-L")), ("distinct explanations", ("Unique",))):
-        charts.append(chart(f"{title}, validation", {name: [(r["step"], 100 * r["validation"][name]) for r in validations
-                                                           if r["validation"].get(name) is not None] for name in names}))
+        found = {name: [(r["step"], 100 * r["validation"].get(name, math.nan)) for r in validations] for name in names}
+        charts.append(chart(f"{title}, validation", found))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -785,10 +821,9 @@ def sample_cards(samples: list[dict], art: Art) -> str:
             picture = f'<img alt="" src="{data_uri(open_picture(files[image], 240), 240)}">'
         except BadPicture:
             picture = ""
-        lines = "".join(f'<li><small>{sample["step"]:,}</small> <b style="color:{COLOURS[sample["emotion"]]}">{sample["emotion"]}</b> '
-                        f'because {escape(sample["explanation"])}' for sample in mine)
-        cards.append(f'<article class="card sample">{picture}<div><h3>{escape(image)}</h3>{bars(mine[-1]["probabilities"])}'
-                     f'<ol class="story">{lines}</ol></div></article>')
+        lines = "".join(f'<li><small>{sample["step"]:,}</small> {because(sample)}' for sample in mine)
+        cards.append(f'<article class="card sample">{picture}<div><h3>{escape(image)}</h3>'
+                     f'{bars(mine[-1]["probabilities"])}<ol class="story">{lines}</ol></div></article>')
     return "".join(cards)
 
 
@@ -804,15 +839,17 @@ def write_report(run: Run, art: Art) -> None:
             "<h2>Test scores</h2>", html_table(score_rows(results))]
     if records:
         body += ["<h2>Training</h2>", curves_of(records)]
-    body += ["<h2>The same pictures as training goes on</h2>" if records else "", sample_cards(run.records("samples.jsonl"), art),
-             "<h2>What was felt, and what the model said</h2>", confusion_table(results["test"]["greedy"]["confusion"]),
+        body += ["<h2>The same pictures as training goes on</h2>", sample_cards(run.records("samples.jsonl"), art)]
+    body += ["<h2>What was felt, and what the model said</h2>", confusion_table(results["test"]["greedy"]["confusion"]),
              "<h2>Settings</h2>", html_table([["setting", "value"], *settings.items()], "settings")]
     with replacing(run.path("report.html")) as path:
         path.write_text(page(run.folder.name, "".join(body), REPORT_STYLE), encoding="utf-8")
 
 
 def summary(results: dict) -> str:
-    trained = f"{results['steps']:,} steps in {timedelta(seconds=round(results['seconds']))}, " if "steps" in results else ""
+    trained = ""
+    if "steps" in results:
+        trained = f"{results['steps']:,} steps in {timedelta(seconds=round(results['seconds']))}, "
     return f"{trained}{results['memory_gb']:.2f} GB at most, on {results['device']} in {results['precision']}."
 
 
@@ -823,10 +860,13 @@ REPORT_STYLE = """
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; } th:first-child { text-align: left; font-weight: 500; }
 table.settings td { text-align: left; white-space: normal; }
-table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; text-align: center; }
-table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: bottom; padding: .4rem .2rem; }
-.sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; } .sample img { width: 100%; height: 100%; object-fit: cover; }
-.story { list-style: none; padding: 0; margin: .6rem 0 0; } .story small { display: inline-block; min-width: 3.2rem; opacity: .6; }
+table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; }
+table.confusion td { text-align: center; }
+table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: .4rem .2rem; }
+.sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; }
+.sample img { width: 100%; height: 100%; object-fit: cover; }
+.story { list-style: none; padding: 0; margin: .6rem 0 0; }
+.story small { display: inline-block; min-width: 3.2rem; opacity: .6; }
 """
 
 
@@ -844,11 +884,12 @@ def study_variants(name: str, full: Config) -> dict[str, dict]:
         "alpha": {f"alpha {alpha:g}": dict(alpha=alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)},
         "ours": {name.replace("_", " "): {name: True} for name in DIFFERENCES},
     }[name]
-    return {"full": {}} | {label: changes for label, changes in variants.items() if dataclasses.replace(full, **changes) != full}
+    return {"full": {}} | {label: changes for label, changes in variants.items()
+                           if dataclasses.replace(full, **changes) != full}
 
 
 def study(options: argparse.Namespace) -> None:
-    """Train each variant with each seed, one after the other, and compare them; a stopped study goes on with --resume."""
+    """Train each variant with each seed, one after the other, and compare them; --resume goes on with a stopped one."""
     folder = Path(options.runs) / (options.name or f"{options.data}-{options.study}")
     if not options.resume:
         refuse_used(folder, "--resume")
@@ -856,10 +897,11 @@ def study(options: argparse.Namespace) -> None:
     varied = {name for changes in study_variants(options.study, Config()).values() for name in changes}
     if given := varied & plan.config.keys():
         raise UserError(f"--study {options.study} itself varies {', '.join(sorted(given))}; leave that flag out")
-    variants = study_variants(options.study, Config.toy(**plan.config) if options.data == "toy" else Config(**plan.config))
+    preset = Config.toy if options.data == "toy" else Config
+    variants = study_variants(options.study, preset(**plan.config))
     seeds = range(plan.settings.seed, plan.settings.seed + options.seeds)
     for count, (seed, label) in enumerate(itertools.product(seeds, variants), 1):
-        run = Run(folder / f"{label.replace(' ', '-')}-{seed}")
+        run = Run(folder / run_name(label, seed))
         if is_leader():
             print(f"\n{label}, seed {seed}: run {count} of {len(variants) * len(seeds)}", flush=True)
         own = dict(seed=seed, **variants[label])
@@ -871,45 +913,57 @@ def study(options: argparse.Namespace) -> None:
         compare(folder, options.study, list(variants), list(seeds), plan)
 
 
+def run_name(label: str, seed: int) -> str:
+    return f"{label.replace(' ', '-')}-{seed}"
+
+
 def compare(folder: Path, name: str, variants: list[str], seeds: list[int], plan: Plan) -> None:
     """A study's table and page. Images are what is resampled; an image's results are summed over the seeds."""
     judge, body, result = Judge(plan.art()), [], {}
     for decoding in ("greedy", "nucleus"):
-        runs = {label: [judge.scores(read_predictions(folder / f"{label.replace(' ', '-')}-{seed}" / f"test-{decoding}.jsonl"), "test")
-                        for seed in seeds] for label in variants}
-        pooled = {label: {score: dataclasses.replace(each[0][score], statistics=sum(run[score].statistics for run in each))
+        runs = {label: [read_predictions(folder / run_name(label, seed) / f"test-{decoding}.jsonl") for seed in seeds]
+                for label in variants}
+        runs = {label: [judge.scores(predictions, "test") for predictions in each] for label, each in runs.items()}
+        pooled = {label: {score: Score(sum(run[score].statistics for run in each), each[0][score].formula)
                           for score in TABLE} for label, each in runs.items()}
         rows = [[decoding, *TABLE]]
         for label, scores in pooled.items():
-            spread = {score: np.std([run[score].value for run in runs[label]], ddof=1) if len(seeds) > 1 else math.nan for score in TABLE}
-            gaps = differences(scores, pooled["full"])
-            result[f"{decoding}: {label}"] = {score: dict(value=scores[score].value, spread=number(spread[score]), interval=bounds,
-                                                         against_full=gaps[score]) for score, bounds in bootstrap(scores).items()}
-            rows.append([label, *(display(score, scores[score].value) + (f" ±{100 * spread[score]:.1f}" if len(seeds) > 1 else "")
-                                  for score in TABLE)])
+            gaps, bounds = differences(scores, pooled["full"]), bootstrap(scores)
+            spread = {score: float(np.std([run[score].value for run in runs[label]], ddof=min(1, len(seeds) - 1)))
+                      for score in TABLE}
+            result[f"{decoding}: {label}"] = {
+                score: dict(value=scores[score].value, spread=spread[score], interval=bounds[score], against_full=gaps[score])
+                for score in TABLE}
+            rows.append([label, *(f"{display(score, scores[score].value)} ±{100 * spread[score]:.1f}" for score in TABLE)])
             if label != "full":
+                ends = {score: [100 * end for end in gaps[score]["interval"]] for score in TABLE}
                 rows.append(["  difference", *(f"{100 * gaps[score]['difference']:+.1f}" for score in TABLE)])
-                rows.append(["  95% interval", *("{:+.1f}..{:+.1f}".format(*(100 * b for b in gaps[score]["interval"])) for score in TABLE)])
+                rows.append(["  95% interval", *(f"{low:+.1f}..{high:+.1f}" for low, high in ends.values())])
                 rows.append(["  p", *(f"{gaps[score]['p']:.3f}" for score in TABLE)])
         print("\n" + aligned(rows))
-        pictures = [bar_picture(score, {label: tuple(100 * x for x in (found[score]["value"], *found[score]["interval"]))
-                                        for label in variants for found in [result[f"{decoding}: {label}"]]})
-                    for score in ("ACC", "EA", "BLEU-4", "ROUGE-L", "CIDEr", "Unique")]
-        body += [f"<h2>{decoding.capitalize()} decoding</h2><div class=charts>{''.join(pictures)}</div>{html_table(rows)}"]
-    note = (f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''} for each variant; ± is the standard deviation over seeds. Intervals "
-            "and p-values resample images and are paired; they do not know how another seed would have come out.")
+        pictures = []
+        for score in ("ACC", "EA", "BLEU-4", "ROUGE-L", "CIDEr", "Unique"):
+            found = {label: result[f"{decoding}: {label}"][score] for label in variants}
+            pictures.append(bar_picture(score, {label: tuple(100 * x for x in (one["value"], *one["interval"]))
+                                                for label, one in found.items()}))
+        body += [f"<h2>{decoding.capitalize()} decoding</h2>",
+                 f"<div class=charts>{''.join(pictures)}</div>{html_table(rows)}"]
+    note = (f"Seeds for each variant: {len(seeds)}; ± is the standard deviation over them. Intervals and p-values "
+            "resample images and are paired; they do not know how another seed would have come out.")
     print(f"\n{note}\nreport: {folder / 'report.html'}")
     study_run = Run(folder)
     study_run.write_json("results.json", result)
     with replacing(study_run.path("report.html")) as path:
-        path.write_text(page(f"Study: {name}", f"<h1>Study: {escape(name)}</h1><p>{note}</p>{''.join(body)}", REPORT_STYLE), encoding="utf-8")
+        head = f"<h1>Study: {name}</h1><p>{note}</p>"
+        path.write_text(page(f"Study: {name}", head + "".join(body), REPORT_STYLE), encoding="utf-8")
 
 
 # 8. Profile
 
 def stand_in_tokenizer() -> Tokenizer:
-    """As large as GPT-2's, and whole words of the emotions and our lexicon: for speed and memory, the words do not matter."""
-    words = sorted({f" {word}" for text in ("the emotion is because", *EMOTIONS, *read_lexicon().rows) for word in text.split()})
+    """As large as GPT-2's, with the words of our lexicon: for speed and memory, it does not matter which words."""
+    texts = ("the emotion is because", *EMOTIONS, *read_lexicon().rows)
+    words = sorted({f" {word}" for text in texts for word in text.split()})
     vocabulary, merges = dict.fromkeys(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]), {}
     for word in words:  # merge each from its first letter on
         text = word.replace(" ", "Ġ")
@@ -928,9 +982,10 @@ def profile(plan: Plan) -> str:
     model = SEVLM(config, stand_in_tokenizer(), read_lexicon()).to(world.device)
     rows = [["parameters", "all", "trained"]]
     for name, part in [*model.named_children(), ("all", model)]:
-        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad or not trained) for trained in (False, True)]
-        if counts[0]:
-            rows.append([name.replace("_", " "), *(f"{count:,}" for count in counts)])
+        count, trained = (sum(p.numel() * keep(p) for p in part.parameters())
+                          for keep in (lambda p: True, lambda p: p.requires_grad))
+        if count:
+            rows.append([name.replace("_", " "), f"{count:,}", f"{trained:,}"])
     images = torch.rand(settings.batch, 3, config.image_size, config.image_size, device=world.device)
     text = model.sentence(["awe", "fear"] * settings.batch, [" ".join(["the quiet sea"] * 10)] * (2 * settings.batch))
     sibling = torch.arange(2 * settings.batch, device=world.device) ^ 1
@@ -955,11 +1010,13 @@ def profile(plan: Plan) -> str:
             write(model, seen, [model.text.opening(EMOTIONS[index]) for index in best], top_p=settings.top_p)
 
     one = {name: tensor[:2] for name, tensor in text.items() if tensor is not None}
-    rows += [["", "", ""], ["GFLOP for one picture", "", ""],
-             ["vision tower", f"{flops(lambda: model.see(images[:1])):.2f}", ""],
-             ["reading two explanations, with logits", f"{flops(lambda: model.decoder.logits(model(patches[:1], **one).hidden)):.2f}", ""],
+    tower = flops(lambda: model.see(images[:1]))
+    reading = flops(lambda: model.decoder.logits(model(patches[:1], **one).hidden))
+    rows += [["", "", ""], ["GFLOP for one picture", "", ""], ["vision tower", f"{tower:.2f}", ""],
+             ["reading two explanations, with logits", f"{reading:.2f}", ""],
              ["", "", ""], [f"speed, batch {settings.batch}", "pictures/s", "peak GB"]]
-    for name, work in (("training step" + ("" if config.train_tower else ", features cached"), step), ("emotion and explanation", answer)):
+    training = "training step" if config.train_tower else "training step, features cached"
+    for name, work in ((training, step), ("emotion and explanation", answer)):
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         rows.append([name, f"{settings.batch / seconds(work, world.device):.1f}", f"{peak_memory(world.device):.2f}"])
