@@ -113,7 +113,7 @@ def read_rows(path: Path, text: str = "utterance", extra: Sequence[str] = ()) ->
 # do alike: lower case, quotes around a word dropped, contractions expanded, punctuation to blanks. Two differences
 # are on purpose: "'d" becomes "would", and a possessive 's stays on its word, as GPT-2 knows it ("the man's").
 
-QUOTES = str.maketrans({**dict.fromkeys("’‘‛´`", "'"), **dict.fromkeys("“”„«»", '"'), "…": " ", "―": " "})
+QUOTES = str.maketrans(dict.fromkeys("’‘‛´`", "'") | dict.fromkeys("“”„«»", '"') | dict.fromkeys("…―", " "))
 PUNCTUATION = str.maketrans(dict.fromkeys(".?!,:;/\\-~*_=[–]{}$^@|%#<—>", " "))
 CONTRACTIONS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\b(can|won|shan|ain)'t\b", lambda match: {"can": "cannot", "won": "will not", "shan": "shall not",
@@ -187,15 +187,15 @@ def splits_v2(new: Sequence[str], new_repetitions: Sequence[int], anchors: Seque
     n_test = int(len(evaluated) * (TEST_SHARE / REST_SHARE))
     remaining = sorted(usual_old - repetition.keys())
     n_train = 0.85 * len(remaining)
-    anchored = sorted({key for key, n in zip(anchors, new_repetitions, strict=True) if n < TOO_MANY} - repetition.keys())
+    usual_anchors = {key for key, n in zip(anchors, new_repetitions, strict=True) if n < TOO_MANY}
+    anchored = sorted(usual_anchors - repetition.keys())
     anchored = anchored[max(0, math.ceil(len(anchored) - n_train)):]
     others = sorted(set(remaining) - set(anchored))
     n_rest = len(remaining) * REST_SHARE
     rest, train = parted(others, math.ceil(n_rest / (n_rest + n_train - len(anchored)) * len(others)))
     test, val = parted(rest, math.ceil(TEST_SHARE / REST_SHARE * len(rest)))
-    return {**dict.fromkeys(everything, "rest"), **dict.fromkeys(repetition, "train"), **dict.fromkeys(anchored, "train"),
-            **dict.fromkeys(train, "train"), **dict.fromkeys(val + evaluated[n_test:], "val"),
-            **dict.fromkeys(test + evaluated[:n_test], "test")}
+    return (dict.fromkeys(everything, "rest") | dict.fromkeys([*repetition, *anchored, *train], "train")
+            | dict.fromkeys(val + evaluated[n_test:], "val") | dict.fromkeys(test + evaluated[:n_test], "test"))
 
 
 # 4. Art
@@ -273,12 +273,14 @@ def read_art(name: str, folder: Path) -> Art:
     fresh = read_rows(new, extra=["anchor_art_style", "anchor_painting"])
     for table in (rows, fresh):
         table.painting = [unicodedata.normalize("NFD", painting) for painting in table.painting]
-    anchors = [style + unicodedata.normalize("NFD", painting) for style, painting in zip(*fresh.extra.values(), strict=True)]
+    anchors = [style + unicodedata.normalize("NFD", painting)
+               for style, painting in zip(*fresh.extra.values(), strict=True)]
     splits = splits_v2(fresh.keys, fresh.repetition, anchors, rows.keys, rows.repetition)
     both = Rows(fresh.style + rows.style, fresh.painting + rows.painting, fresh.emotion + rows.emotion,
                 fresh.text + rows.text, fresh.repetition + rows.repetition,
                 {"version": ["new"] * len(fresh.text) + ["old"] * len(rows.text)},
-                [f"{new.name}, {problem}" for problem in fresh.problems] + [f"{raw.name}, {problem}" for problem in rows.problems])
+                [f"{file.name}, {problem}" for file, table in ((new, fresh), (raw, rows))
+                 for problem in table.problems])
     return assemble(name, folder, f"{new.name} and {raw.name}", both, splits, clean)
 
 
@@ -307,7 +309,7 @@ def assemble(name: str, folder: Path, source: str, rows: Rows, splits: dict[str,
 
 
 def combined(new: np.ndarray, kept: np.ndarray, split: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """v2's "Combined" rows: all new ones and as many old ones; tested on the old ones of half the old test paintings."""
+    """v2's "Combined" rows: all new ones and as many old; tested on the old ones of half the old test paintings."""
     usual, test = split != SPLITS.index("rest"), split == SPLITS.index("test")
     old = np.concatenate([np.flatnonzero(kept & ~new & usual), np.flatnonzero(kept & ~new & ~usual)])  # their order
     sample = np.random.RandomState(42).permutation(len(old))[:(kept & new).sum()]
@@ -361,8 +363,8 @@ def from_json(name: str, folder: Path) -> Art:
             names.append(image)
             split.append(SPLITS.index(part))
             votes.append(shares)
-    return Art(name, folder, ", ".join(JSON_FILES.values()), names, np.array(split, np.int8), np.array(votes, np.float32),
-               np.array(owner, np.int32), np.array(emotion, np.int8), texts, problems, 0)
+    return Art(name, folder, ", ".join(JSON_FILES.values()), names, np.array(split, np.int8),
+               np.array(votes, np.float32), np.array(owner, np.int32), np.array(emotion, np.int8), texts, problems, 0)
 
 
 LISTS, ARRAYS = ("names", "texts", "problems"), ("split", "votes", "owner", "emotion")
@@ -749,8 +751,9 @@ class Epoch(torch.utils.data.Dataset):
         ids = torch.from_numpy(captions.ids[rows, :length].astype(np.int64))
         starts = torch.from_numpy(captions.starts[rows].astype(np.int64))
         wrong_emotion, wrong_image = negatives(self.examples.emotion[rows], group, uniform)
-        return dict(ids=ids, segments=text.segments(starts, ids.shape[1]), rows=torch.from_numpy(captions.rows[rows, :length]),
-                    labels=text.labels(ids), wrong_emotion=torch.from_numpy(wrong_emotion),
+        return dict(ids=ids, segments=text.segments(starts, ids.shape[1]), labels=text.labels(ids),
+                    rows=torch.from_numpy(captions.rows[rows, :length]),
+                    wrong_emotion=torch.from_numpy(wrong_emotion),
                     wrong_image=torch.from_numpy(wrong_image))
 
 
@@ -771,8 +774,8 @@ def negatives(emotion: np.ndarray, group: np.ndarray, uniform: np.ndarray) -> tu
 
 def loader(dataset, workers: int, device: torch.device, start: int = 0) -> torch.utils.data.DataLoader:
     """Batches from `start` on, prepared ahead by worker processes while the device computes."""
-    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)), num_workers=workers,
-                                       pin_memory=device.type == "cuda")
+    return torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(start, len(dataset)),
+                                       num_workers=workers, pin_memory=device.type == "cuda")
 
 
 class PictureBatches(torch.utils.data.Dataset):
@@ -815,16 +818,21 @@ SHAPES = {  # polygons and ellipses (two corners), in units of the subject's siz
               ("light", ((-.3, .2), (-.3, .42), (-.1, .42), (-.1, .2))),
               ("light", ((.12, 0), (.12, .36), (.32, .36), (.32, 0)))],
     "figure": [("dark", ((-.2, 0), (-.05, .45), (-.15, .78), (.15, .78), (.05, .45), (.22, 0))),
-               ("accent", ((-.15, .78), (-.24, .4), (-.18, .38), (-.07, .6), (.07, .6), (.2, .42), (.25, .45), (.15, .78))),
+               ("accent", ((-.15, .78), (-.24, .4), (-.18, .38), (-.07, .6), (.07, .6), (.2, .42), (.25, .45),
+                           (.15, .78))),
                ("light", ((-.09, .8), (.09, 1.02))), ("dark", ((-.11, .94), (-.03, 1.07), (.1, 1.03), (.1, .95)))],
-    "tree": [("dark", ((-.09, 0), (-.06, .6), (-.3, .8), (-.27, .83), (0, .66), (.2, .84), (.23, .8), (.06, .6), (.1, 0))),
-             ("accent", ((-.48, .6), (-.02, 1))), ("accent", ((0, .58), (.46, .98))), ("dark", ((-.24, .52), (.24, .82))),
+    "tree": [("dark", ((-.09, 0), (-.06, .6), (-.3, .8), (-.27, .83), (0, .66), (.2, .84), (.23, .8), (.06, .6),
+                       (.1, 0))),
+             ("accent", ((-.48, .6), (-.02, 1))), ("accent", ((0, .58), (.46, .98))),
+             ("dark", ((-.24, .52), (.24, .82))),
              ("accent", ((-.28, .72), (.28, 1.22)))],
     "storm": [("dark", ((-1.1, .35), (-.1, .9))), ("dark", ((-.6, .5), (.5, 1.1))), ("dark", ((0, .3), (1.1, .9))),
               ("light", ((.05, .45), (-.18, -.05), (0, -.02), (-.14, -.6), (.22, .1), (.05, .08), (.2, .45)))],
-    "ruin": [("dark", ((-.6, 0), (-.6, .8), (-.44, .8), (-.44, 0))), ("accent", ((-.2, 0), (-.2, 1), (-.04, 1), (-.04, 0))),
+    "ruin": [("dark", ((-.6, 0), (-.6, .8), (-.44, .8), (-.44, 0))),
+             ("accent", ((-.2, 0), (-.2, 1), (-.04, 1), (-.04, 0))),
              ("dark", ((.2, 0), (.2, .45), (.28, .52), (.36, .4), (.36, 0))),
-             ("accent", ((-.68, .8), (-.68, .92), (.02, 1.1), (.02, .98))), ("dark", ((.5, 0), (.5, .14), (.75, .1), (.75, 0)))],
+             ("accent", ((-.68, .8), (-.68, .92), (.02, 1.1), (.02, .98))),
+             ("dark", ((.5, 0), (.5, .14), (.75, .1), (.75, 0)))],
     "mountain": [("dark", ((-1.1, 0), (-.35, .62), (-.1, .52), (.15, 1), (1.15, 0))),
                  ("light", ((-.05, .62), (.15, 1), (.42, .7), (.25, .66), (.15, .76), (.05, .62)))],
     "boat": [("dark", ((-.55, .18), (-.4, 0), (.4, 0), (.58, .2))), ("light", ((-.02, .24), (-.02, 1), (-.42, .28))),
@@ -859,7 +867,8 @@ def paint(mood: np.ndarray, subject: str, palette: str, rng: np.random.Generator
     contrast = .75 + .25 * dominance
     high, low = colour(sky_hue, rich, bright - .16 * contrast), colour(sky_hue + .03, rich * .55, bright + .24)
     ground = colour(ground_hue, rich * .9, bright * .8)
-    colours = {"dark": colour(ground_hue, rich + .1, bright * .36), "accent": colour(accent_hue, rich + .25, bright + .12),
+    colours = {"dark": colour(ground_hue, rich + .1, bright * .36),
+               "accent": colour(accent_hue, rich + .25, bright + .12),
                "light": colour(accent_hue, rich * .3, bright + .42), "sky": .6 * high + .4 * low}
     y, x = np.mgrid[:side, :side] / side
     horizon = .62 - .08 * dominance + rng.uniform(-.05, .05)
@@ -888,7 +897,8 @@ def paint(mood: np.ndarray, subject: str, palette: str, rng: np.random.Generator
     return Image.fromarray(((pixels + rng.normal(0, .012, pixels.shape)).clip(0, 1) * 255).astype(np.uint8))
 
 
-def brush(image: Image.Image, rng: np.random.Generator, turbulence: float, length: float, width: float, count: int) -> None:
+def brush(image: Image.Image, rng: np.random.Generator, turbulence: float, length: float, width: float,
+          count: int) -> None:
     """Short strokes in the colours below them, along a field that arousal stirs up."""
     side, pixels, draw = image.width, np.asarray(image).astype(float), ImageDraw.Draw(image)
     angles = noise(rng, side, 3, .6) * math.pi * (.15 + 1.6 * turbulence)
@@ -976,11 +986,12 @@ def toy_painting(number: int) -> tuple[str, str, list[tuple[int, str]], int, Ima
         text = text[0].upper() + text[1:] if rng.random() < .5 else text
         annotations.append((int(emotion), text + "." * (rng.random() < .5)))
     name = f"{ARTISTS[rng.integers(len(ARTISTS))]}_{palette}-{subject}-{number:05}-{rng.integers(1860, 1940)}"
-    return STYLES[rng.integers(len(STYLES))], name, annotations, int(feelings(mood).argmax()), paint(mood, subject, palette, rng)
+    style = STYLES[rng.integers(len(STYLES))]
+    return style, name, annotations, int(feelings(mood).argmax()), paint(mood, subject, palette, rng)
 
 
 def paint_toy(folder: Path, count: int) -> None:
-    """The toy world as files in ArtEmis's layout: CSV, pictures, a lexicon, a tokenizer, and what the best can reach."""
+    """The toy world as files in ArtEmis's layout: CSV, pictures, lexicon, tokenizer, and what the best can reach."""
     if count < 20:
         raise UserError(f"--toy-paintings {count}: at least 20 are needed for three splits")
     print(f"Painting {count:,} pictures for the toy world in {folder}", flush=True)
@@ -990,7 +1001,8 @@ def paint_toy(folder: Path, count: int) -> None:
     lines, keys, hits = [], [], {}
     method = "fork" if sys.platform == "linux" else "spawn"  # fork needs no second import
     with get_context(method).Pool(min(8, os.cpu_count() or 1)) as pool:
-        for style, name, annotations, likeliest, image in progress(pool.imap(toy_painting, range(count), 32), "painting", count):
+        paintings = progress(pool.imap(toy_painting, range(count), 32), "painting", count)
+        for style, name, annotations, likeliest, image in paintings:
             image.save(temporary / "wikiart" / style / f"{name}.jpg", quality=92)
             lines += [(style, name, EMOTIONS[emotion], text, len(annotations)) for emotion, text in annotations]
             votes = Counter(emotion for emotion, _ in annotations)
@@ -1038,9 +1050,10 @@ def find_lexicon(art: Art, path: str | Path | None) -> Lexicon:
         return read_lexicon(path)
     found = [*art.folder.glob("lexicon.txt"), *sorted(art.folder.glob("*NRC-VAD*.txt"), reverse=True)]
     if not found:
-        raise UserError(f"no VAD lexicon in {art.folder}. Get NRC VAD at https://saifmohammad.com/WebPages/nrc-vad.html "
-                        f"(research use, no redistribution) and put its .txt file there, or name it with --lexicon; "
-                        f"without VAD: --no-vad-input --no-vad-head")
+        raise UserError(
+            f"no VAD lexicon in {art.folder}. Get NRC VAD at https://saifmohammad.com/WebPages/nrc-vad.html "
+            "(research use, no redistribution) and put its .txt file there, or name it with --lexicon; "
+            "without VAD: --no-vad-input --no-vad-head")
     return read_lexicon(found[0])
 
 
@@ -1060,16 +1073,19 @@ def overview(art: Art, lexicon: Lexicon | None) -> str:
     majority = art.votes.max(1) > art.votes.sum(1) / 2
     lines = [f"{art.name}: {len(art.texts):,} explanations of {len(art.names):,} paintings, from {art.source}",
              f"dropped by length   {art.dropped:,} rows", ""]
-    lines.append(f"{'split':8}{'paintings':>11}{'explained':>11}{'explanations':>14}{'dominant emotion':>18}{'best ACC':>10}")
+    lines.append("split     paintings  explained  explanations  dominant emotion  best ACC")
     for index, split in enumerate(SPLITS):
         inside, best = art.split == index, best_accuracy(art, split)
         lines.append(f"{split:8}{inside.sum():>11,}{len(art.paintings(split)):>11,}{len(art.rows(split)):>14,}"
                      f"{(inside & majority).sum():>18,}{f'{best:.1%}' if best else '':>10}")
-    lines += ["", "annotations of a painting   " + ", ".join(f"{n}: {c:,}" for n, c in sorted(Counter(each.tolist()).items())[:12])]
-    lines += ["", *(f"{emotion:16}{share:6.1%} {'#' * round(100 * share)}" for emotion, share in zip(EMOTIONS, shares, strict=True))]
+    counts = sorted(Counter(each.tolist()).items())[:12]
+    lines += ["", "annotations of a painting   " + ", ".join(f"{n}: {count:,}" for n, count in counts), ""]
+    lines += [f"{emotion:16}{share:6.1%} {'#' * round(100 * share)}"
+              for emotion, share in zip(EMOTIONS, shares, strict=True)]
     lines += ["", (f"words of an explanation     mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, "
                    f"95 % up to {np.percentile(lengths, 95):.0f}, longest {lengths.max()}"),
-              f"vocabulary                  {len(vocabulary):,} words, {sum(c >= 5 for c in vocabulary.values()):,} of them five times or more",
+              (f"vocabulary                  {len(vocabulary):,} words, "
+               f"{sum(count >= 5 for count in vocabulary.values()):,} of them five times or more"),
               f"distinct explanations       {len(set(art.texts)):,}"]
     if lexicon:
         known = {word for word in vocabulary if lexicon.lemma(word)}
@@ -1085,7 +1101,8 @@ def overview(art: Art, lexicon: Lexicon | None) -> str:
 def show(art: Art, captions: Captions, text: Text, reader: WordVAD, count: int) -> Iterator[str]:
     """Examples as the model reads them."""
     for row in np.random.default_rng(0).choice(len(art.texts), min(count, len(art.texts)), replace=False):
-        yield f"\n{art.names[art.owner[row]]}\n{'position':>8}  {'token':16}{'segment':14}{'label':16}{'V':>6}{'A':>7}{'D':>7}"
+        yield f"\n{art.names[art.owner[row]]}"
+        yield f"position  {'token':16}{'segment':14}{'label':16}     V      A      D"
         ids, start = captions.ids[row].astype(int), captions.starts[row]
         name = [text.tokenizer.id_to_token(i).replace("Ġ", "␣") for i in ids]
         for position in range(int((ids != text.pad).sum())):
@@ -1101,14 +1118,17 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
     parser.add_argument("--data-root", metavar="FOLDER", help="where data sets are (default: $SEVLM_DATA or data/)")
     parser.add_argument("--images", metavar="FOLDER", help="the pictures (default: wikiart/ beside the annotations)")
     parser.add_argument("--lexicon", metavar="FILE", help="NRC VAD lexicon (default: the one beside the annotations)")
-    parser.add_argument("--gpt2", default=GPT2_HUB, metavar="SOURCE", help=f"GPT-2: file, folder or hub id (default: {GPT2_HUB})")
-    parser.add_argument("--toy-paintings", type=int, default=2000, metavar="N", help="size of the toy world (default: 2000)")
+    parser.add_argument("--gpt2", default=GPT2_HUB, metavar="SOURCE",
+                        help=f"GPT-2: file, folder or hub id (default: {GPT2_HUB})")
+    parser.add_argument("--toy-paintings", type=int, default=2000, metavar="N",
+                        help="size of the toy world (default: 2000)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a data set.")
     add_data_options(parser)
-    parser.add_argument("--show", type=int, nargs="?", const=1, default=0, metavar="N", help="print N examples as the model reads them")
+    parser.add_argument("--show", type=int, nargs="?", const=1, default=0, metavar="N",
+                        help="print N examples as the model reads them")
     options = parser.parse_args()
     art = load_art(options.data, options.data_root, options.images, options.toy_paintings)
     try:

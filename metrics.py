@@ -664,7 +664,8 @@ class TextClassifier(nn.Module):
 
 def train_text_classifier(texts: Sequence[str], labels: Sequence[int], validation_texts: Sequence[str],
                           validation_labels: Sequence[int], seed: int = 0, rare: int = 5, batch: int = 1024,
-                          epochs: int = 40, patience: int = 5, hidden: int = 256, device: str = "cpu") -> TextClassifier:
+                          epochs: int = 40, patience: int = 5, hidden: int = 256, device: str = "cpu"
+                          ) -> TextClassifier:
     """ArtEmis's recipe: Adam at 5e-4, halved at epochs 10, 20 and 30; the epoch that validates best is kept.
 
     Words seen fewer than `rare` times are unknown; `patience` epochs without a gain end the training.
@@ -755,8 +756,8 @@ def differences(scores: Scores, others: Scores, resamples: int = 1000, seed: int
     """For each score of two systems the difference, its paired 95% interval, and the p-value."""
     chances = p_values(scores, others, resamples, seed)
     mine, theirs = resampled(scores, resamples, seed), resampled(others, resamples, seed)
-    return {name: {"difference": scores[name].value - others[name].value, "interval": interval(mine[name] - theirs[name]), "p": p}
-            for name, p in chances.items()}
+    return {name: {"difference": scores[name].value - others[name].value,
+                   "interval": interval(mine[name] - theirs[name]), "p": p} for name, p in chances.items()}
 
 
 def mcnemar(first: Score, second: Score) -> float:
@@ -781,8 +782,8 @@ def p_values(scores: Scores, others: Scores, resamples: int = 1000, seed: int = 
     images = len(next(iter(scores.values())).statistics)
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(resamples, images))
     both = {name: (score, others[name]) for name, score in scores.items() if name in others}
-    return {name: mcnemar(*pair) if name in ("ACC", "EA") and pair[0].statistics.max() <= 1 else permutation_test(*pair, signs)
-            for name, pair in both.items()}
+    return {name: mcnemar(*pair) if name in ("ACC", "EA") and pair[0].statistics.max() <= 1
+            else permutation_test(*pair, signs) for name, pair in both.items()}
 
 
 # 10. Files, main

@@ -54,8 +54,9 @@ from sevlm import (
 )
 from vad import HERE, UserError, progress, read_lexicon, replacing, run_program
 
-COLOURS = {"amusement": "#c98a12", "awe": "#4f7fd0", "contentment": "#3a9a6b", "excitement": "#dd6b2f", "anger": "#cc4444",
-           "disgust": "#7f8c2c", "fear": "#8462b8", "sadness": "#4a86a8", "something else": "#85857f"}
+COLOURS = {"amusement": "#c98a12", "awe": "#4f7fd0", "contentment": "#3a9a6b", "excitement": "#dd6b2f",
+           "anger": "#cc4444", "disgust": "#7f8c2c", "fear": "#8462b8", "sadness": "#4a86a8",
+           "something else": "#85857f"}
 SCALES = ("valence", "arousal", "dominance")
 BUNDLED = HERE / "examples" / "toy"
 BATCH = 32  # pictures at once
@@ -414,7 +415,8 @@ def page(title: str, body: str, style: str = "", script: str = "", connect: str 
 
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fbfaf7; --ink: #24241f; --soft: #6b6b66; --line: #e3e0d8; --card: #ffffff; }
+:root { color-scheme: light dark; }
+:root { --ground: #fbfaf7; --ink: #24241f; --soft: #6b6b66; --line: #e3e0d8; --card: #ffffff; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #17181a; --ink: #e9e7e1; --soft: #9d9b94; --line: #33343a; --card: #202226; }
 }
@@ -424,17 +426,20 @@ body { margin: 0 auto; padding: 2rem 1.2rem 4rem; max-width: 1180px; background:
 h1 { font-size: 1.7rem; font-weight: 650; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; }
 .about { color: var(--soft); margin: 0 0 1.6rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 1.3rem; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; margin: 0 0 1.3rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card { overflow: hidden; margin: 0 0 1.3rem; }
 .gallery .card { margin: 0; } .card > div:last-child { padding: .9rem 1.1rem 1.1rem; }
 .card h2, .card h3 { margin: 0; font-size: .82rem; font-weight: 500; color: var(--soft); overflow-wrap: anywhere; }
 .picture { position: relative; line-height: 0; } .picture img, .picture canvas { width: 100%; }
-.picture canvas { position: absolute; inset: 0; height: 100%; opacity: 0; transition: opacity .15s; pointer-events: none; }
-.picture canvas.on { opacity: 1; }
-.said { font-size: 1.12rem; margin: .45rem 0 .8rem; } .word { border-bottom: 2px solid var(--tone); border-radius: 2px; }
+.picture canvas { position: absolute; inset: 0; height: 100%; opacity: 0; transition: opacity .15s; }
+.picture canvas { pointer-events: none; } .picture canvas.on { opacity: 1; }
+.said { font-size: 1.12rem; margin: .45rem 0 .8rem; }
+.word { border-bottom: 2px solid var(--tone); border-radius: 2px; }
 .word[data-look]:hover, .word[data-look]:focus { background: var(--tone); color: #fff; outline: none; cursor: default; }
 .bars, .others { list-style: none; margin: 0; padding: 0; } .others { margin-top: .8rem; font-size: .92rem; }
 .bars li { display: grid; grid-template-columns: 8.2em 1fr 3em; gap: .6em; align-items: center; font-size: .88rem; }
-.bars i { height: .62em; border-radius: 1em; min-width: 2px; } .bars b { font-weight: 500; text-align: right; color: var(--soft); }
+.bars i { height: .62em; border-radius: 1em; min-width: 2px; }
+.bars b { font-weight: 500; text-align: right; color: var(--soft); }
 .gauges { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .8rem 0 0; font-size: .8rem; color: var(--soft); }
 .gauge { display: inline-flex; align-items: center; gap: .45em; }
 .gauge i { position: relative; width: 4.2em; height: 3px; border-radius: 2px; background: var(--line); }
@@ -490,7 +495,8 @@ def server(model: SEVLM, wish: Wish, about: str, port: int) -> ThreadingHTTPServ
             content = text.encode()
             self.send_response(status)
             for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Content-Length", str(len(content))),
-                                ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"), ("Connection", "close")):
+                                ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"),
+                                ("Connection", "close")):
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
@@ -578,7 +584,8 @@ def serving_page(about: str) -> str:
     choices = "".join(f"<option>{emotion}</option>" for emotion in EMOTIONS)
     body = f"""<h1>What does this picture evoke?</h1>
 <p class="about">{escape(about)}. Your picture stays on this machine.</p>
-<form><label class="drop"><input type="file" accept="image/*"><span><b>Choose a picture</b> or drop one here</span></label>
+<form><label class="drop"><input type="file" accept="image/*">
+<span><b>Choose a picture</b> or drop one here</span></label>
 <div class="ask" hidden><label>Emotion <select><option value="">the most likely</option>{choices}</select></label>
 <button type="button">Another sentence</button></div></form>
 <p role="status" aria-live="polite"></p><section aria-live="polite"></section>"""
@@ -589,9 +596,11 @@ SERVING_STYLE = """
 body { max-width: 640px; }
 .drop { display: block; padding: 2.2rem 1rem; text-align: center; cursor: pointer; }
 .drop { border: 2px dashed var(--line); border-radius: 12px; }
-.drop.over, .drop:hover { border-color: var(--soft); } .drop:focus-within { outline: 3px solid #4f7fd0; outline-offset: 2px; }
+.drop.over, .drop:hover { border-color: var(--soft); }
+.drop:focus-within { outline: 3px solid #4f7fd0; outline-offset: 2px; }
 .drop input { position: absolute; width: 1px; height: 1px; opacity: 0; }
-.ask { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; align-items: center; margin: 1rem 0; } .ask[hidden] { display: none; }
+.ask { display: flex; flex-wrap: wrap; gap: .8rem 1.2rem; align-items: center; margin: 1rem 0; }
+.ask[hidden] { display: none; }
 button, select { font: inherit; padding: .4rem .8rem; border-radius: 8px; border: 1px solid var(--line); }
 button, select { background: var(--card); color: inherit; }
 [role=status] { min-height: 1.6em; color: var(--soft); margin: .8rem 0; }
@@ -630,11 +639,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="pictures, folders, patterns")
     parser.add_argument("--checkpoint", metavar="RUN", help="a run, a model folder, the authors' folder or a hub id "
                         "(default: the newest run under runs/, else examples/toy)")
-    parser.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE", help="CLIP for the authors' folder: file, folder or hub id")
-    parser.add_argument("--lexicon", metavar="FILE", help="VAD lexicon for the authors' folder; our own folders need none")
+    parser.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE",
+                        help="CLIP for the authors' folder: file, folder or hub id")
+    parser.add_argument("--lexicon", metavar="FILE",
+                        help="VAD lexicon for the authors' folder; our own folders need none")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     asked = parser.add_argument_group("what to say")
-    asked.add_argument("--emotion", choices=EMOTIONS, metavar="NAME", help="explain this emotion: " + ", ".join(EMOTIONS))
+    asked.add_argument("--emotion", choices=EMOTIONS, metavar="NAME",
+                       help="explain this emotion: " + ", ".join(EMOTIONS))
     asked.add_argument("--all-emotions", action="store_true", help="a sentence for each of the nine")
     asked.add_argument("--samples", type=int, default=1, metavar="N", help="so many sentences (default: 1)")
     asked.add_argument("--best-of", type=int, default=0, metavar="N", help="draw N and choose by the contrastive head")
@@ -645,10 +657,13 @@ def parser() -> argparse.ArgumentParser:
     asked.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other sentences (default: 0)")
     shown = parser.add_argument_group("where to say it")
     shown.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else")
-    shown.add_argument("--out", type=Path, metavar="FILE", help="JSON lines to a file; pictures that it has are not asked again")
-    shown.add_argument("--heatmap", action="store_true", help="where the model looked, word by word: heatmaps/PICTURE.png")
+    shown.add_argument("--out", type=Path, metavar="FILE",
+                       help="JSON lines to a file; pictures that it has are not asked again")
+    shown.add_argument("--heatmap", action="store_true",
+                       help="where the model looked, word by word: heatmaps/PICTURE.png")
     shown.add_argument("--html", type=Path, metavar="FILE", help="a page of all pictures")
-    shown.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT", help="a local page to drop pictures on")
+    shown.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT",
+                       help="a local page to drop pictures on")
     return parser
 
 
@@ -658,14 +673,15 @@ def wish_of(options: argparse.Namespace) -> Wish:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(options, flag)} is too small")
     if not 0 < options.top_p <= 1 or options.temperature <= 0:
         raise UserError("--top-p must lie above 0 and not above 1, --temperature above 0")
-    ways = [flag for flag, on in (("--greedy", options.greedy), ("--beam", options.beam), ("--samples", options.samples > 1),
-                                  ("--best-of", options.best_of)) if on]
+    ways = [flag for flag, on in (("--greedy", options.greedy), ("--beam", options.beam),
+                                  ("--samples", options.samples > 1), ("--best-of", options.best_of)) if on]
     if len(ways) > 1:
         raise UserError(f"{' and '.join(ways)} contradict each other; choose one")
     if options.emotion and options.all_emotions:
         raise UserError("--emotion and --all-emotions contradict each other; choose one")
-    return Wish(options.samples, options.best_of, options.beam, 0.0 if options.greedy else options.top_p, options.temperature,
-                options.seed, options.emotion, options.all_emotions, options.heatmap or options.html is not None)
+    return Wish(options.samples, options.best_of, options.beam, 0.0 if options.greedy else options.top_p,
+                options.temperature, options.seed, options.emotion, options.all_emotions,
+                looks=options.heatmap or options.html is not None)
 
 
 def read_earlier(path: Path) -> dict[str, Answer]:

@@ -510,7 +510,8 @@ class SEVLM(nn.Module):
 
     def sentence(self, emotions: Sequence[str], explanations: Sequence[str]) -> dict[str, Tensor]:
         """Sentences as the keyword arguments of a forward pass."""
-        ids, starts = (tensor.to(self.device) for tensor in self.text.encode(emotions, explanations, self.config.length))
+        encoded = self.text.encode(emotions, explanations, self.config.length)
+        ids, starts = (tensor.to(self.device) for tensor in encoded)
         rows = self.word_vad(ids) if self.config.uses_vad else None
         return {"ids": ids, "segments": self.text.segments(starts, self.config.length), "rows": rows}
 
@@ -766,8 +767,8 @@ def emotion_log_probs(model: SEVLM, pictures: Tensor | Sight) -> Tensor:
     longer = [place for place, name in enumerate(names) if len(name) > 1]
     decoding.select(torch.arange(len(sight), device=model.device).repeat_interleave(len(longer)))
     for position in range(1, max(map(len, names))):
-        decoding.append(torch.tensor([names[place][min(position, len(names[place])) - 1] for place in longer] * len(sight),
-                                     device=model.device))
+        tokens = [names[place][min(position, len(names[place])) - 1] for place in longer]
+        decoding.append(torch.tensor(tokens * len(sight), device=model.device))
         gains = decoding.logits().log_softmax(1).view(len(sight), len(longer), -1)
         for column, place in enumerate(longer):
             if position < len(names[place]):
@@ -996,7 +997,8 @@ def official_model(source: str | Path, clip: str | Path = CLIP_HUB, lexicon: Lex
     folder = official_folder(source)
     files = {"model": folder / "pytorch_model.bin", "config": folder / "config.json",
              "state": folder.parent / f"ckpt_stats_{folder.name.removeprefix('nle_model_')}.tar",
-             "tokenizer": next(iter(sorted(folder.parent.glob("nle_gpt2_tokenizer_*"))), folder.parent / "nle_gpt2_tokenizer_0")}
+             "tokenizer": next(iter(sorted(folder.parent.glob("nle_gpt2_tokenizer_*"))),
+                               folder.parent / "nle_gpt2_tokenizer_0")}
     for file in files.values():
         if not file.exists():
             raise UserError(f"{source} lacks {file.relative_to(folder.parent)} of the authors' layout")
@@ -1068,7 +1070,8 @@ def load(folder: str | Path) -> SEVLM:
     if unknown := stored["sevlm"].keys() - known:
         raise UserError(f"{folder / 'config.json'} has settings that this version does not know: {', '.join(unknown)}")
     tensors = read_tensors(find_file(folder, ["model.safetensors"], "--checkpoint"))
-    tables = {name.removeprefix("word_vad."): tensor for name, tensor in tensors.items() if name.startswith("word_vad.")}
+    tables = {name.removeprefix("word_vad."): tensor
+              for name, tensor in tensors.items() if name.startswith("word_vad.")}
     model = SEVLM(config, read_tokenizer(folder))
     if config.uses_vad:
         try:

@@ -103,8 +103,8 @@ class Settings:
     seed: int = option(0, "decides initial weights, order, pairs, negatives, dropout and samples")
     drop_single_emotion: bool = option(False, "leave out paintings whose annotators all agree, as the authors do")
     precision: str = option("auto", "auto, bf16, fp16 or float32")
-    cache: str = option("", "folder for every picture's features (or pixels, if the tower trains), by default beside the "
-                            "data; off: encode a picture whenever it is needed")
+    cache: str = option("", "folder for every picture's features (or pixels, if the tower trains), by default "
+                            "beside the data; off: encode a picture whenever it is needed")
     workers: int = option(-1, "processes that prepare batches; default: up to 4 with a GPU, none without")
     device: str = option("auto", "auto, cpu, cuda or mps")
 
@@ -144,11 +144,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on with the run --name, by default the newest")
     instead = parser.add_argument_group("instead of one training").add_mutually_exclusive_group()
     instead.add_argument("--study", choices=STUDIES, help="train the variants of one of the paper's studies")
-    instead.add_argument("--evaluate", metavar="RUN", help="score a saved model, ours or the authors', on the test split")
+    instead.add_argument("--evaluate", metavar="RUN",
+                         help="score a saved model, ours or the authors', on the test split")
     instead.add_argument("--profile", action="store_true", help="print parameters, FLOPs, memory and speed (Table 3)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each variant of a study (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N",
+                        help="runs of each variant of a study (default: 1)")
     add_data_options(parser)
-    parser.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE", help=f"CLIP: file, folder or hub id (default: {CLIP_HUB})")
+    parser.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE",
+                        help=f"CLIP: file, folder or hub id (default: {CLIP_HUB})")
     add_fields(parser, "training", Settings, TOY)
     add_fields(parser, "model", Config, asdict(Config.toy()))
     return parser
@@ -299,8 +302,8 @@ class Run:
         known = about["sources"] | about["settings"] | stored["sevlm"]
         for name in given.keys() & known.keys() - set(MAY_MOVE):
             if given[name] != known[name]:
-                raise UserError(f"{flag(name)} {given[name]} contradicts {self.folder}, which began with {known[name]}; "
-                                f"leave it out, or start another --name")
+                raise UserError(f"{flag(name)} {given[name]} contradicts {self.folder}, which began with "
+                                f"{known[name]}; leave it out, or start another --name")
         sources, settings = ({name: given[name] if name in MAY_MOVE and name in given else value
                               for name, value in about[part].items()} for part in ("sources", "settings"))
         return Plan(sources, Settings(**settings), about["changes"])
@@ -388,7 +391,8 @@ def predict(model: SEVLM, pictures: Store | OnTheFly, art: Art, split: str, worl
     model.eval()
     mine = art.paintings(split)[world.rank::world.size]
     found: dict[str, list] = {}
-    for seen, pixels, _ in loader(PictureBatches(pictures, mine, 2 * settings.batch), world.workers, world.device):
+    together = max(1, 2 * settings.batch // settings.accumulate)
+    for seen, pixels, _ in loader(PictureBatches(pictures, mine, together), world.workers, world.device):
         if len(seen) == 0:
             continue
         with world.autocast():
@@ -451,8 +455,8 @@ def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
     pictures = open_pictures(art, model, settings, world)
     examples = Examples(art, captions, model.text, pictures, settings.seed, settings.drop_single_emotion,
                         trim=not model.config.padding_in_means)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.lr, eps=1e-6, weight_decay=settings.weight_decay,
-                                  fused=world.device.type in ("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.lr, eps=1e-6,
+                                  weight_decay=settings.weight_decay, fused=world.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
     forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
     steps = math.ceil(len(examples) / settings.batch)  # of an epoch
@@ -495,10 +499,11 @@ def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
                 optimizer.zero_grad()
                 at |= dict(step=step + 1, seconds=time.monotonic() - started, scaler=scaler.state_dict())
                 say.step(at, total, values, settings.batch)
+                skipped = {"skipped_pictures": {art.names[p]: why for p, why in problems.items()}} if problems else {}
                 run.append("log.jsonl", {"step": step + 1, "epoch": epoch, "losses": values, "gradient": norm,
                                          "lr": {group["name"]: group["lr"] for group in optimizer.param_groups},
-                                         "pictures_per_second": say.rate, "memory_gb": peak_memory(world.device)}
-                           | ({"skipped_pictures": {art.names[p]: why for p, why in problems.items()}} if problems else {}))
+                                         "pictures_per_second": say.rate, "memory_gb": peak_memory(world.device),
+                                         **skipped})
                 if at["step"] % settings.validate_every == 0 or at["step"] == total:
                     validate(run, model, pictures, judge, world, settings, at, say)
                     if is_leader():
@@ -858,11 +863,13 @@ REPORT_STYLE = """
 .chart text { font-size: 11px; fill: currentColor; } .chart .title { font-size: 13px; font-weight: 600; }
 .chart .grid { stroke: currentColor; opacity: .15; } .chart .whisker { stroke: currentColor; fill: none; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; } th:first-child { text-align: left; font-weight: 500; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child { text-align: left; font-weight: 500; }
 table.settings td { text-align: left; white-space: normal; }
 table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; }
 table.confusion td { text-align: center; }
-table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; padding: .4rem .2rem; }
+table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); }
+table.confusion th[scope=col] { text-align: left; padding: .4rem .2rem; }
 .sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; }
 .sample img { width: 100%; height: 100%; object-fit: cover; }
 .story { list-style: none; padding: 0; margin: .6rem 0 0; }
@@ -931,10 +938,11 @@ def compare(folder: Path, name: str, variants: list[str], seeds: list[int], plan
             gaps, bounds = differences(scores, pooled["full"]), bootstrap(scores)
             spread = {score: float(np.std([run[score].value for run in runs[label]], ddof=min(1, len(seeds) - 1)))
                       for score in TABLE}
-            result[f"{decoding}: {label}"] = {
-                score: dict(value=scores[score].value, spread=spread[score], interval=bounds[score], against_full=gaps[score])
-                for score in TABLE}
-            rows.append([label, *(f"{display(score, scores[score].value)} ±{100 * spread[score]:.1f}" for score in TABLE)])
+            found = {score: dict(value=scores[score].value, spread=spread[score], interval=bounds[score],
+                                 against_full=gaps[score]) for score in TABLE}
+            result[f"{decoding}: {label}"] = found
+            rows.append([label, *(f"{display(score, one['value'])} ±{100 * one['spread']:.1f}"
+                                  for score, one in found.items())])
             if label != "full":
                 ends = {score: [100 * end for end in gaps[score]["interval"]] for score in TABLE}
                 rows.append(["  difference", *(f"{100 * gaps[score]['difference']:+.1f}" for score in TABLE)])
@@ -1022,7 +1030,8 @@ def profile(plan: Plan) -> str:
         rows.append([name, f"{settings.batch / seconds(work, world.device):.1f}", f"{peak_memory(world.device):.2f}"])
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     rows += [["", "", ""], ["checkpoint on disk, MB", f"{size / 1e6:.1f}", ""]]
-    return aligned(rows) + f"\n{world.device}, {str(world.dtype).split('.')[1]} ({world.why}), torch {torch.__version__}"
+    precision = str(world.dtype).split(".")[1]
+    return aligned(rows) + f"\n{world.device}, {precision} ({world.why}), torch {torch.__version__}"
 
 
 @torch.no_grad()

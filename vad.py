@@ -357,8 +357,8 @@ def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
         if shown and count and now - last > 0.5:
             last, rate = now, count / (now - start)
             left = math.ceil((total - count) / rate)
-            line = f"{what} {count:,}/{total:,}  {100 * count // total}%  {rate:.1f}/s  {left // 60}:{left % 60:02} left"
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            line = f"{what} {count:,}/{total:,}  {100 * count // total}%  {rate:.1f}/s"
+            print(f"\r{line}  {left // 60}:{left % 60:02} left\x1b[K", end="", file=sys.stderr, flush=True)
         yield item
     if shown and last:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -40,7 +40,8 @@ def draw_answers(records: list[dict], side: int = 300, gap: int = 26) -> Image.I
         draw.rounded_rectangle((x - 1, y - 1, x + side, y + height), 10, "#ffffff", "#e3e0d8")
         sheet.paste(Image.open(HERE / record["image"]).resize((side, side), Image.Resampling.LANCZOS), (x, y))
         draw.text((x + 14, y + side + 10), record["emotion"], COLOURS[record["emotion"]], bold)
-        draw.multiline_text((x + 14, y + side + 38), textwrap.fill("because " + record["explanation"], 31), "#24241f", font, spacing=4)
+        reason = textwrap.fill("because " + record["explanation"], 31)
+        draw.multiline_text((x + 14, y + side + 38), reason, "#24241f", font, spacing=4)
         for line, (emotion, share) in enumerate(likely(record["probabilities"], 3)):
             top = y + side + 112 + 20 * line
             draw.text((x + 14, top), emotion, "#6b6b66", small)
@@ -61,7 +62,8 @@ def main() -> None:
     model = load(HERE / "toy")
     names = [f"{emotion}-{subject}.png" for emotion, subject, *_ in SCENES]
     pixels = torch.stack([load_pixels(HERE / name, model.config) for name in names])
-    draw_answers([found.record for found in answer(model, pixels, names, Wish())]).save(HERE / "answers.jpg", quality=90)
+    records = [found.record for found in answer(model, pixels, names, Wish())]
+    draw_answers(records).save(HERE / "answers.jpg", quality=90)
 
 
 if __name__ == "__main__":
