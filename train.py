@@ -769,10 +769,11 @@ def bar_picture(title: str, values: dict[str, tuple[float, float, float]]) -> st
 
 
 def html_table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    """The first row and the first column are headings."""
+    """The first row and the first column are headings; a row that begins with blanks explains the one above."""
     head, *body = [[escape(str(cell)) for cell in row] for row in rows]
     lines = ["<tr>" + "".join(f"<th scope=col>{cell}" for cell in head)]
-    lines += ["<tr><th scope=row>" + first + "".join(f"<td>{cell}" for cell in rest) for first, *rest in body]
+    lines += [f"<tr{' class=detail' * first.startswith(' ')}><th scope=row>{first}"
+              + "".join(f"<td>{cell}" for cell in rest) for first, *rest in body]
     return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
 
 
@@ -865,6 +866,9 @@ REPORT_STYLE = """
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 500; }
+.wide { margin-top: 1rem; font-size: .88rem; } tr.detail > * { color: var(--soft); font-size: .8rem; padding-block: 0; }
+tr.detail > :first-child { padding-left: 1.6rem; font-weight: 400; }
+tr.detail + tr:not(.detail) > * { padding-top: .7rem; }
 table.settings td { text-align: left; white-space: normal; }
 table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; }
 table.confusion td { text-align: center; }

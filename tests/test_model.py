@@ -4,12 +4,15 @@ import math
 import pytest
 import torch
 from conftest import SENTENCES
+from torch.nn import functional as F
 
 from sevlm import (
     EMOTIONS,
     IGNORE,
+    PACKS,
     Config,
     Decoding,
+    Linear,
     attention,
     beam_search,
     emotion_log_probs,
@@ -103,6 +106,22 @@ def test_a_picture_answers_alike_alone_and_in_company(make_model, images):
     alone = [write(model, images[i:i + 1], samples=2, top_p=0.9, seeds=7).ids for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together, write(model, images, samples=2, top_p=0.9, seeds=8).ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_weight_follows_its_weight(bias):
+    layer, x = Linear(768, 512, bias=bias), torch.randn(3, 5, 768)
+
+    def agrees():
+        return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-3)
+    assert agrees() and hasattr(layer.weight, "packed") == PACKS
+    layer.weight.mul_(-2)  # as an optimizer does
+    assert agrees()
+    layer.load_state_dict({name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()})
+    assert agrees()
+    layer.weight.data = torch.randn(512, 768)  # as moving to a device and back does
+    assert agrees()
 
 
 def test_still_writing_keeps_pictures_together():
