@@ -241,7 +241,7 @@ class MLP(nn.Module):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)  # CLIP's own approximation, 0.02 away from the GELU
+    return x * (1.702 * x).sigmoid_()  # CLIP's own approximation, 0.02 away from the GELU
 
 
 def tanh_gelu(x: Tensor) -> Tensor:

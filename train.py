@@ -988,10 +988,10 @@ def stand_in_tokenizer() -> Tokenizer:
 
 
 def profile(plan: Plan) -> str:
-    """Table 3 for a configuration, with random weights and a vocabulary of GPT-2's size."""
-    world, settings = World(plan.settings), plan.settings
-    config = Config.toy(**plan.config) if plan.sources["data"] == "toy" else Config(**plan.config)
-    model = SEVLM(config, stand_in_tokenizer(), read_lexicon()).to(world.device)
+    """Table 3 for a configuration, with random weights; needs no file, but the toy's vocabulary for the toy."""
+    world, settings, toy = World(plan.settings), plan.settings, plan.sources["data"] == "toy"
+    model = plan.model(plan.art()) if toy else SEVLM(Config(**plan.config), stand_in_tokenizer(), read_lexicon())
+    config = model.to(world.device).config
     rows = [["parameters", "all", "trained"]]
     for name, part in [*model.named_children(), ("all", model)]:
         count, trained = (sum(p.numel() * keep(p) for p in part.parameters())

@@ -4,6 +4,7 @@
     toy/          the run's model in half precision
     answers.jpg   what that model says about them
 """
+import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -53,10 +54,10 @@ def draw_answers(records: list[dict], side: int = 300, gap: int = 26) -> Image.I
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a run")
+    model = load(parser.parse_args().run)
     paint_examples()
-    model = load(sys.argv[1])
     model.about = {key: model.about[key] for key in ("data", "settings", "changes") if key in model.about}
     save(model, HERE / "toy", torch.float16)
     model = load(HERE / "toy")

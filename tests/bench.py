@@ -88,8 +88,7 @@ def training(bench: Bench, model: SEVLM) -> None:
     order = torch.arange(2 * PAIRS, device=bench.device)
     data |= {"labels": model.text.labels(data["ids"]), "wrong_emotion": order ^ 1, "wrong_image": order.roll(2)}
     features = model.see(images).to(bench.dtype)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-5,
-                                  fused=bench.device.type == "cuda")
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 2e-5, fused=True)
 
     def step(loss):
         optimizer.zero_grad()

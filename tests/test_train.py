@@ -283,10 +283,10 @@ def test_alpha_of_the_study_that_is_the_full_model_is_not_trained_twice():
     assert len(train.study_variants("ours", Config())) == 7
 
 
-def test_the_profile_counts_parameters_and_operations():
+def test_the_profile_counts_parameters_and_operations(flags):
     work = torch.nn.Linear(30, 20, bias=False)
     assert train.flops(lambda: work(torch.ones(5, 30))) == pytest.approx(2 * 5 * 20 * 30 / 1e9)
-    options = train.parser().parse_args(["--batch", "2", *TINY[2:10], "--image-size", "16"])
+    options = train.parser().parse_args([*flags, "--image-size", "16"])
     text = train.profile(train.Plan.of(options))
     tower = 3 * 16 * 8 * 8 + 16 + 5 * 16 + 4 * 16 + 12 * 16 * 16 + 13 * 16  # patches, class, positions, norms, one block
     assert f"{tower:,}" in text and "emotion and explanation" in text
