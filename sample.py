@@ -266,7 +266,7 @@ class Paper:
         """A scale from -1 to 1 with a mark."""
         line, mark = ("─", "●") if self.fine else ("-", "o")
         place = round((value + 1) * 4)
-        return f"{name} {line * place}{mark}{line * (8 - place)} {value:+.2f}"
+        return f"{name:9} {line * place}{mark}{line * (8 - place)} {value:+.2f}"
 
     def card(self, record: dict) -> str:
         if "error" in record:
