@@ -137,7 +137,7 @@ def test_text_fits_narrow_terminals_and_plain_ones(monkeypatch):
     record = {"image": "x.png", "emotion": "awe", "probabilities": [0.02, 0.9] + [0.08 / 7] * 7, "explanation": "light " * 20,
               "explanations": [{"emotion": "awe", "explanation": "light " * 20}], "words": [{"word": "light", "vad": [0.5, -1.0, 1.0]}]}
     text = paper.card(record)
-    assert text.isascii() and max(map(len, text.splitlines())) <= 44 and "valence ------o-- +0.50" in text
+    assert text.isascii() and max(map(len, text.splitlines())) <= 44 and "valence   ------o-- +0.50" in text
 
 
 def test_heatmaps_show_each_word(ask, pictures, tmp_path):
