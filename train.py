@@ -781,7 +781,7 @@ def confusion_table(confusion: list[list[int]]) -> str:
     """Counts, each darker the larger its share of its row."""
     head = "".join(f'<th scope="col"><span>{emotion}</span>' for emotion in EMOTIONS)
     body = "".join(f'<tr><th scope="row">{emotion}' + "".join(
-        f'<td style="--share:{100 * count / max(1, sum(row)):.0f}%">{count or "·"}' for count in row)
+        f'<td style="--share:{100 * count / max(1, sum(row)):.0f}%">{count or "·"}' for count in row[:len(EMOTIONS)])
         for emotion, row in zip(EMOTIONS, confusion, strict=True))
     return f'<div class="wide"><table class="confusion"><tr><th>felt ↓ said →{head}{body}</table></div>'
 
@@ -838,7 +838,7 @@ def write_report(run: Run, art: Art) -> None:
     results, stored = json.loads(run.path("results.json").read_text()), json.loads(run.path("config.json").read_text())
     records, best = run.records("log.jsonl"), results["best_possible_acc"]
     facts = {key: results[key] for key in ("device", "precision", "processes", "python", "torch", "numpy", "revision")}
-    settings = facts | stored["about"].get("settings", {}) | stored["sevlm"]
+    settings = stored["about"].get("settings", {}) | facts | stored["sevlm"]
     body = [f"<h1>{escape(run.folder.name)}</h1><p>{escape(summary(results))}"
             + (f" The best possible ACC of this data is {100 * best:.1f}." if best else "")
             + f" EA's classifier is right for {100 * results['ea_classifier']:.1f}% of the test texts.</p>",
@@ -860,7 +860,7 @@ def summary(results: dict) -> str:
 
 
 REPORT_STYLE = """
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 1.5rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.5rem; }
 .chart text { font-size: 11px; fill: currentColor; } .chart .title { font-size: 13px; font-weight: 600; }
 .chart .grid { stroke: currentColor; opacity: .15; } .chart .whisker { stroke: currentColor; fill: none; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -869,7 +869,7 @@ th:first-child { text-align: left; font-weight: 500; }
 .wide { margin-top: 1rem; font-size: .88rem; } tr.detail > * { color: var(--soft); font-size: .8rem; padding-block: 0; }
 tr.detail > :first-child { padding-left: 1.6rem; font-weight: 400; }
 tr.detail + tr:not(.detail) > * { padding-top: .7rem; }
-table.settings td { text-align: left; white-space: normal; }
+table.settings :is(th, td) { text-align: left; white-space: normal; }
 table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; }
 table.confusion td { text-align: center; }
 table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); }
@@ -877,7 +877,8 @@ table.confusion th[scope=col] { text-align: left; padding: .4rem .2rem; }
 .sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; }
 .sample img { width: 100%; height: 100%; object-fit: cover; }
 .story { list-style: none; padding: 0; margin: .6rem 0 0; }
-.story small { display: inline-block; min-width: 3.2rem; opacity: .6; }
+.story li { padding-left: 3.5rem; text-indent: -3.5rem; }
+.story small { display: inline-block; min-width: 3.2rem; text-indent: 0; opacity: .6; }
 """
 
 
