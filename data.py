@@ -1083,7 +1083,7 @@ def overview(art: Art, lexicon: Lexicon | None) -> str:
     lines += [f"{emotion:16}{share:6.1%} {'#' * round(100 * share)}"
               for emotion, share in zip(EMOTIONS, shares, strict=True)]
     lines += ["", (f"words of an explanation     mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, "
-                   f"95 % up to {np.percentile(lengths, 95):.0f}, longest {lengths.max()}"),
+                   f"95% up to {np.percentile(lengths, 95):.0f}, longest {lengths.max()}"),
               (f"vocabulary                  {len(vocabulary):,} words, "
                f"{sum(count >= 5 for count in vocabulary.values()):,} of them five times or more"),
               f"distinct explanations       {len(set(art.texts)):,}"]
