@@ -819,7 +819,7 @@ def curves_of(records: list[dict]) -> str:
 
 
 def sample_cards(samples: list[dict], art: Art) -> str:
-    """The same few pictures at every validation: bars of the last, sentences of all."""
+    """The same few pictures as training goes on: bars of the last validation, sentences of up to eight."""
     files, cards = dict(zip(art.names, art.files, strict=True)), []
     for image in dict.fromkeys(sample["image"] for sample in samples):
         mine = [sample for sample in samples if sample["image"] == image]
@@ -827,7 +827,8 @@ def sample_cards(samples: list[dict], art: Art) -> str:
             picture = f'<img alt="" src="{data_uri(open_picture(files[image], 240), 240)}">'
         except BadPicture:
             picture = ""
-        lines = "".join(f'<li><small>{sample["step"]:,}</small> {because(sample)}' for sample in mine)
+        shown = [mine[i] for i in np.linspace(0, len(mine) - 1, min(8, len(mine))).astype(int)]
+        lines = "".join(f'<li><small>{sample["step"]:,}</small> {because(sample)}' for sample in shown)
         cards.append(f'<article class="card sample">{picture}<div><h3>{escape(image)}</h3>'
                      f'{bars(mine[-1]["probabilities"])}<ol class="story">{lines}</ol></div></article>')
     return "".join(cards)
@@ -875,7 +876,7 @@ table.confusion td { text-align: center; }
 table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); }
 table.confusion th[scope=col] { text-align: left; padding: .4rem .2rem; }
 .sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; }
-.sample img { width: 100%; height: 100%; object-fit: cover; }
+.sample img { width: 100%; aspect-ratio: 1; object-fit: cover; border-bottom-right-radius: 12px; }
 .story { list-style: none; padding: 0; margin: .6rem 0 0; }
 .story li { padding-left: 3.5rem; text-indent: -3.5rem; }
 .story small { display: inline-block; min-width: 3.2rem; text-indent: 0; opacity: .6; }

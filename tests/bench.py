@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import V1_FILE, Store, load_captions, read_art, read_rows
 from metrics import bootstrap, text_scores
 from sample import Wish, answer
@@ -34,6 +33,7 @@ from sevlm import EMOTIONS, IGNORE, SEVLM, Config, write
 from train import stand_in_tokenizer
 from vad import read_lexicon, vad_loss
 
+ROOT = Path(__file__).parents[1]
 PAIRS, TOKENS = 32, 25
 SENTENCE = "the light that breaks through the heavy clouds over the sea feels like something holy and calm"  # 24 tokens
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -342,10 +343,12 @@ def test_the_gallery_shows_in_a_browser(ask, pictures, tmp_path):
 
 
 def test_ctrl_c_ends_the_server_cleanly(folder):
+    def heed_ctrl_c():  # which a job in the background of a shell does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen([sys.executable, "sample.py", "--checkpoint", str(folder), "--serve", "0"], cwd=HERE, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)  # noqa: PLW1509
     assert "Ctrl-C ends it" in running.stdout.readline()
-    running.send_signal(2)
+    running.send_signal(signal.SIGINT)
     assert running.wait(20) == 0 and "Traceback" not in running.stderr.read()
 
 
