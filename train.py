@@ -44,7 +44,6 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from data import (
     Art,
@@ -1043,6 +1042,7 @@ def profile(plan: Plan) -> str:
 @torch.no_grad()
 def flops(work: Callable) -> float:
     """GFLOP, counted operator by operator; a multiplication and an addition are two."""
+    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second that only this needs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products the counter sees
         work()
     return counter.get_total_flops() / 1e9
