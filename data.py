@@ -421,7 +421,7 @@ def find_pictures(folder: Path, names: Sequence[str]) -> list[Path | None]:
         if not style.is_dir():
             continue
         for entry in os.scandir(style):
-            name = spelling(f"{style.name}/{entry.name[:-4]}")
+            name = spelling(f"{style.name}/{os.path.splitext(entry.name)[0]}")
             files.setdefault(name, Path(entry.path))
             if not name.isascii():  # ArtEmis's form of a wrongly decoded name: é -> Ã© -> ã©
                 for form in ("NFC", "NFD"):
@@ -736,6 +736,8 @@ class Epoch(torch.utils.data.Dataset):
         pictures, problems = self.examples.pictures.get(self.examples.paintings[chosen])
         if problems:
             usable = ~np.isin(self.examples.paintings[chosen], list(problems))
+            if not usable.any():  # a black picture, without weight, keeps the processes in step
+                idle, usable[0], pictures = True, True, pictures.new_zeros(1, *pictures.shape[1:])
             chosen, group = chosen[usable], group[usable]
         captions, rows = self.examples.captions, self.pairs[chosen].ravel()  # (N,)
         whole = self.pairs[everyone].ravel()

@@ -428,6 +428,9 @@ def test_a_picture_that_breaks_is_left_out_of_its_batch(toy, examples):
         assert victim not in batch.paintings and len(batch.paintings) == 15 == len(batch.pictures)
         assert len(batch.inputs["ids"]) == 30 and batch.inputs["wrong_image"].max() < 30
         assert "OSError" in batch.problems[victim]
+        alone = training.epoch(0, 1)[5]
+        assert victim in alone.problems and len(alone.pictures) == 1 and not alone.pictures.any()
+        assert len(alone.inputs["ids"]) == 2 and set(alone.shares.values()) == {0.0}
         seen, pictures, problems = PictureBatches(training.pictures, training.paintings, 40)[0]
         assert len(seen) == len(pictures) == 40 - len(problems)
     finally:
