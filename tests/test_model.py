@@ -141,6 +141,16 @@ def test_nucleus_draws_from_the_smallest_sufficient_set():
     assert nucleus(logits.expand(1000, -1), 1.0, 1.0, uniform).max() == 3
 
 
+@pytest.mark.parametrize("sharpness", [0.1, 8.0])  # the nucleus has nearly all of 3,000 tokens, or a few
+def test_nucleus_draws_as_after_sorting_everything(sharpness):
+    logits, uniform = sharpness * torch.randn(20, 3000, dtype=torch.float64), torch.rand(20, dtype=torch.float64)
+    probs, order = logits.softmax(1).sort(1, descending=True)
+    for row, drawn in enumerate(nucleus(logits, 0.9, 1.0, uniform).tolist()):
+        size = int((probs[row].cumsum(0) < 0.9).sum()) + 1
+        parts = probs[row, :size].cumsum(0) / probs[row, :size].sum()
+        assert drawn == order[row, int((parts < uniform[row]).sum())]
+
+
 def test_beam_search_finds_what_exhaustive_search_finds(make_model, images):
     """With as many beams as there are sentences nothing is cut off; two tokens after the opening."""
     model = make_model()
