@@ -458,18 +458,19 @@ def open_picture(source, side: int) -> Image.Image:
         raise BadPicture(f"{type(error).__name__}: {str(error)[:100]}") from None
 
 
-@cache
-def picture_transform(side: int, crop: bool) -> Callable[[Image.Image], Tensor]:
-    """torchvision's bicubic resize: the whole picture squashed, or its central square; uint8 (3, side, side)."""
-    from torchvision.transforms import v2  # here, since importing it takes a second
-    bicubic = v2.InterpolationMode.BICUBIC
-    sizing = [v2.Resize(side, bicubic), v2.CenterCrop(side)] if crop else [v2.Resize((side, side), bicubic)]
-    return v2.Compose([*sizing, v2.PILToTensor()])
-
-
 def load_pixels(source, config: Config) -> Tensor:
-    """A picture file or stream as the model's uint8 pixels (3, S, S)."""
-    return picture_transform(config.image_size, config.crop)(open_picture(source, config.image_size))
+    """A picture file or stream as uint8 pixels (3, S, S): the whole picture squashed, or its central square.
+
+    Bit for bit what torchvision's transforms give; to import those would take as long as all else at a start.
+    """
+    image, side = open_picture(source, config.image_size), config.image_size
+    width, height = image.size
+    short = min(width, height)
+    size = (side * width // short, side * height // short) if config.crop else (side, side)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((length - side) / 2) for length in size)
+    image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 PIXEL_STATISTICS = {  # mean and deviation of red, green and blue

@@ -157,7 +157,7 @@ def answer(model: SEVLM, pixels: Tensor, names: Sequence[str], wish: Wish) -> li
     started, device = time.perf_counter(), model.device
     with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
         sight = model.look(normalise(pixels.to(device), model.config))
-        probabilities = emotion_log_probs(model, sight).double().exp().cpu()  # (B, 9)
+        probabilities = emotion_log_probs(model, sight).double().softmax(1).cpu()  # (B, 9)
         likeliest = probabilities.argmax(1).tolist()
         emotions = [EMOTIONS if wish.all_emotions else (wish.emotion or EMOTIONS[best],) for best in likeliest]
         ids, log_probs, match = explain(model, sight, emotions, pixels, wish)  # (B, M, E, ...)

@@ -1,5 +1,6 @@
 """data.py: bad rows and pictures, every source of annotations, captions, epochs and negatives, stores, the toy world."""
 import csv
+import io
 import itertools
 import json
 import os
@@ -222,13 +223,22 @@ def test_bad_pictures(source, problem):
         open_picture(source(), 64)
 
 
-def test_pixels_are_torchvisions_bicubic_squash_or_crop():
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (32, 32), (33, 32), (31, 77), (500, 20)])
+@pytest.mark.parametrize("crop", [False, True])
+def test_pixels_are_those_of_torchvisions_transforms(size, crop):
     from torchvision.transforms import v2
-    image, config = gradient().resize((300, 200)), Config(image_size=32)
-    whole = v2.functional.resize(v2.functional.pil_to_tensor(image).float(), [32, 32], v2.InterpolationMode.BICUBIC, antialias=True)
-    assert (load_pixels(painted(image), config).float() - whole.clamp(0, 255)).abs().max() <= 1.5
-    square = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
-    assert torch.equal(load_pixels(painted(image), Config(image_size=32, crop=True)), v2.functional.pil_to_tensor(square))
+    bicubic = v2.InterpolationMode.BICUBIC
+    sizing = [v2.Resize(32, bicubic), v2.CenterCrop(32)] if crop else [v2.Resize((32, 32), bicubic)]
+    rng = np.random.default_rng(sum(size))
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    buffer.seek(0)
+    assert torch.equal(load_pixels(buffer, Config(image_size=32, crop=crop)), v2.Compose([*sizing, v2.PILToTensor()])(image))
+
+
+def test_pixels_are_normalised_as_clip_or_imagenet_wants_them():
+    config = Config(image_size=32)
     images = normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), config)
     assert images[0, :, 0, 0].tolist() == pytest.approx([(1 - m) / s for m, s in ((.48145466, .26862954), (.4578275, .26130258),
                                                                                (.40821073, .27577711))], rel=1e-6)

@@ -67,7 +67,7 @@ def test_json_has_all_fields_and_nothing_else_is_printed(ask, pictures):
     assert code == 0 and [one["image"] for one in records(output)] == list(map(str, pictures))
     for one in records(output):
         assert set(one) == {"image", "emotion", "probabilities", "explanation", "explanations", "words", "seconds"}
-        assert len(one["probabilities"]) == 9 and sum(one["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert len(one["probabilities"]) == 9 and sum(one["probabilities"]) == pytest.approx(1, abs=1e-12)
         assert one["emotion"] == EMOTIONS[int(np.argmax(one["probabilities"]))]
         assert len(one["explanations"]) == 3 and one["explanations"][0]["explanation"] == one["explanation"]
         assert all(set(told) == {"emotion", "explanation", "log_probability", "match"} for told in one["explanations"])
