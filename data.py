@@ -8,6 +8,7 @@
     6. Captions         all explanations as token ids and lexicon rows in one compact array
     7. Batches          paintings with two explanations each, their negatives, for any number of processes
     8. The toy world    paintings with a mood, and annotators who talk about them
+    9. What there is    a data set's lexicon and tokenizer, an overview, examples
 
 A row is one annotation: somebody's emotion in front of a painting, and why. Shapes: P paintings, R rows, B pictures
 of a batch, N = 2 * B sentences, L tokens. To see what there is in a data set, and some of it as the model sees it:
@@ -36,11 +37,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from sevlm import EMOTIONS, GPT2_HUB, SEVLM, Config, Text, find_file, read_tokenizer
-from vad import HERE, OUR_LEXICON, Lexicon, UserError, WordVAD, progress, read_lexicon, replacing, run_program
+from sevlm import EMOTIONS, GPT2_HUB, SEVLM, Config, Text, byte_level, find_file, read_tokenizer
+from vad import (
+    HERE,
+    OUR_LEXICON,
+    Lexicon,
+    UserError,
+    WordVAD,
+    progress,
+    read_lexicon,
+    replacing,
+    run_program,
+    write_text,
+)
 
 SPLITS = ("train", "val", "test", "rest")
 V1_FILE, V2_FILE, PREPROCESSED_FILE = "artemis_dataset_release_v0.csv", "Contrastive.csv", "artemis_preprocessed.csv"
@@ -536,8 +548,7 @@ class Store:
                                 f"give another folder with --cache, or use --cache off")
             np.lib.format.open_memmap(self.path, "w+", self.dtype, self.shape)
             np.lib.format.open_memmap(self.done_path, "w+", np.bool_, self.shape[:1])
-            with replacing(meta) as temporary:
-                temporary.write_text(json.dumps({"key": self.key}))
+            write_text(meta, json.dumps({"key": self.key}))
         self.array = np.lib.format.open_memmap(self.path, "r+")
         self.done = np.lib.format.open_memmap(self.done_path, "r+")
         return self
@@ -732,8 +743,9 @@ class Epoch(torch.utils.data.Dataset):
         groups = np.array_split(everyone, max(1, len(everyone) // GROUP))
         mine = np.array_split(np.arange(len(groups)), self.parts * self.accumulate)[self.part * self.accumulate + turn]
         idle = len(mine) == 0  # more parts than groups: take part without weight
-        group = np.concatenate([np.full(len(groups[g]), g) for g in ([0] if idle else mine)])
-        chosen = np.concatenate([groups[g] for g in ([0] if idle else mine)])
+        mine = [0] if idle else mine
+        group = np.concatenate([np.full(len(groups[g]), g) for g in mine])
+        chosen = np.concatenate([groups[g] for g in mine])
         pictures, problems = self.examples.pictures.get(self.examples.paintings[chosen])
         if problems:
             usable = ~np.isin(self.examples.paintings[chosen], list(problems))
@@ -1031,8 +1043,7 @@ def paint_toy(folder: Path, count: int) -> None:
 
 def toy_tokenizer(texts: Iterator[str]) -> Tokenizer:
     """Byte-level BPE of about 1,000 entries."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE())
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=TOY_WORDS, special_tokens=["<|endoftext|>", *Text.ADDED], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -1127,13 +1138,18 @@ def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") 
                         help="size of the toy world (default: 2000)")
 
 
+def art_of(options: argparse.Namespace) -> Art:
+    """The data set that these flags name."""
+    return load_art(options.data, options.data_root, options.images, options.toy_paintings)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look at a data set.")
     add_data_options(parser)
     parser.add_argument("--show", type=int, nargs="?", const=1, default=0, metavar="N",
                         help="print N examples as the model reads them")
     options = parser.parse_args()
-    art = load_art(options.data, options.data_root, options.images, options.toy_paintings)
+    art = art_of(options)
     try:
         lexicon = find_lexicon(art, options.lexicon)
         tokenizer = find_tokenizer(art, options.gpt2)

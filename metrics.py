@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
-from data import Art, add_data_options, fingerprint, load_art
+from data import Art, add_data_options, art_of, fingerprint
 from sevlm import EMOTIONS
 from vad import UserError, progress, replacing, run_program
 
@@ -628,6 +628,10 @@ class TextClassifier(nn.Module):
         self.lstm = nn.LSTM(100, hidden, bidirectional=True, batch_first=True)
         self.head = nn.Sequential(nn.Linear(2 * hidden, 100), nn.ReLU(), nn.Linear(100, len(EMOTIONS)))
 
+    @property
+    def credit(self) -> str:
+        return f"EA: by a classifier that is right for {100 * self.accuracy:.1f}% of the test texts"
+
     def encode(self, text: str) -> Tensor:
         return torch.tensor([self.rows.get(word, 1) for word in tokenize(text).split()] or [1])
 
@@ -726,7 +730,7 @@ def text_classifier_of(art: Art) -> TextClassifier:
 
 # 9. Significance
 
-def resampled(scores: Scores, resamples: int, seed: int) -> dict[str, np.ndarray]:
+def resampled(scores: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, np.ndarray]:
     """Each score of images drawn with replacement, the same draws for all scores and for every system.
 
     The document frequencies of CIDEr and the copies that Unique counts stay those of the whole set.
@@ -752,10 +756,11 @@ def bootstrap(scores: Scores, resamples: int = 1000, seed: int = 0) -> Intervals
     return {name: interval(values) for name, values in resampled(scores, resamples, seed).items()}
 
 
-def differences(scores: Scores, others: Scores, resamples: int = 1000, seed: int = 0) -> dict[str, dict]:
-    """For each score of two systems the difference, its paired 95% interval, and the p-value."""
-    chances = p_values(scores, others, resamples, seed)
-    mine, theirs = resampled(scores, resamples, seed), resampled(others, resamples, seed)
+def differences(scores: Scores, others: Scores, mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]
+                ) -> dict[str, dict]:
+    """For each score of two systems the difference, its paired 95% interval, and the p-value. `mine` and `theirs`
+    are `resampled` of the two."""
+    chances = p_values(scores, others)
     return {name: {"difference": scores[name].value - others[name].value,
                    "interval": interval(mine[name] - theirs[name]), "p": p} for name, p in chances.items()}
 
@@ -895,7 +900,7 @@ def load_references(options: argparse.Namespace) -> tuple[dict[str, Reference], 
     judge = TextClassifier.load(options.text_classifier) if options.text_classifier else None
     if options.references:
         return read_references(options.references), [], judge
-    art = load_art(options.data, options.data_root, options.images, options.toy_paintings)
+    art = art_of(options)
     training = [art.texts[row] for row in art.rows("train")]
     return references_of(art, options.split), training, judge or text_classifier_of(art)
 
@@ -1010,10 +1015,9 @@ def main() -> None:
     add_data_options(parser, data=None)
     options = parser.parse_args()
     if options.train_ea and options.data:
-        judge = text_classifier_of(load_art(options.data, options.data_root, options.images, options.toy_paintings))
-        print(f"EA: by a classifier that is right for {100 * judge.accuracy:.1f}% of the test texts")
-    if options.train_ea and options.data and not options.predictions:
-        return
+        print(text_classifier_of(art_of(options)).credit)
+        if not options.predictions:
+            return
     if not options.predictions or bool(options.references) == bool(options.data):
         parser.error("name --predictions, and either --references or --data; or --train-ea and --data")
     references, training, judge = load_references(options)
@@ -1026,7 +1030,7 @@ def main() -> None:
     if not (options.json or options.per_image):
         print(table(scores, intervals, others, chances))
         if judge:
-            print(f"EA: by a classifier that is right for {100 * judge.accuracy:.1f}% of the test texts")
+            print(judge.credit)
         return
     result = as_json(scores, intervals, others, chances)
     result["confusion"] = confusion_matrix(*emotions_of(predictions, references)).tolist()

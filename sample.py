@@ -52,7 +52,7 @@ from sevlm import (
     reread,
     write,
 )
-from vad import HERE, UserError, progress, read_lexicon, replacing, run_program
+from vad import HERE, UserError, progress, read_lexicon, replacing, run_program, write_text
 
 COLOURS = {"amusement": "#c98a12", "awe": "#4f7fd0", "contentment": "#3a9a6b", "excitement": "#dd6b2f",
            "anger": "#cc4444", "disgust": "#7f8c2c", "fear": "#8462b8", "sadness": "#4a86a8",
@@ -95,15 +95,16 @@ def find_checkpoint() -> Path:
 def load_model(source: str | Path, clip: str = CLIP_HUB, lexicon: str | None = None) -> SEVLM:
     """A run or model folder, the authors' folder, or a hub id of either kind."""
     folder = Path(source)
+    theirs = folder.is_dir() and (folder.name.startswith("nle_model_") or any(folder.rglob("nle_model_*")))
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
         try:
             folder = find_file(source, ["model.safetensors"], "--checkpoint").parent
             for name in ("config.json", "tokenizer.json"):
                 find_file(source, [name], "--checkpoint")
         except UserError:
-            return SEVLM.from_official(source, clip, read_lexicon(lexicon) if lexicon else None)
-    elif folder.is_dir() and (folder.name.startswith("nle_model_") or any(folder.rglob("nle_model_*"))):
-        return SEVLM.from_official(folder, clip, read_lexicon(lexicon) if lexicon else None).eval()
+            theirs = True
+    if theirs:
+        return SEVLM.from_official(source, clip, read_lexicon(lexicon) if lexicon else None).eval()
     return load(folder)
 
 
@@ -696,8 +697,7 @@ def read_earlier(path: Path) -> dict[str, Answer]:
         except (ValueError, KeyError, TypeError):
             continue
     if path.is_file():
-        with replacing(path) as temporary:
-            temporary.write_text(whole, encoding="utf-8")
+        write_text(path, whole)
     return found
 
 
@@ -739,8 +739,7 @@ def main() -> int:
     new = [file for file in files if str(file) not in earlier]
     found = {one.record["image"]: one for one in show(answers_for(model, new, wish), options)}
     if options.html:
-        with replacing(options.html) as path:
-            path.write_text(gallery([(earlier | found)[str(file)] for file in files], about), encoding="utf-8")
+        write_text(options.html, gallery([(earlier | found)[str(file)] for file in files], about))
     broken = [one for one in found.values() if "error" in one.record]
     if broken:
         print(f"{len(broken)} of {len(new)} pictures cannot be read", file=sys.stderr)

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vad import EmotionEncoder, Lexicon, UserError, WordVAD, read_lexicon, replacing, vad_loss
+from vad import EmotionEncoder, Lexicon, UserError, WordVAD, read_lexicon, replacing, vad_loss, write_text
 
 EMOTIONS = ("amusement", "awe", "contentment", "excitement", "anger", "disgust", "fear", "sadness", "something else")
 IGNORE = -100  # a label that asks for no prediction
@@ -92,7 +92,7 @@ class Config:
 
     @classmethod
     def baseline(cls, **changes) -> "Config":
-        return cls(**dict(vad_input=False, vad_head=False, contrastive_head=False) | changes)
+        return cls(**BASELINE | changes)
 
     @classmethod
     def authors(cls, **changes) -> "Config":
@@ -104,6 +104,7 @@ class Config:
         return self.vad_input or self.vad_head
 
 
+BASELINE = dict(vad_input=False, vad_head=False, contrastive_head=False)  # Table 1
 DIFFERENCES = ("two_way_emotions", "fixed_boundary", "vad_on_emotion", "padding_in_means", "vad_per_token",
                "imagenet_pixels")
 FIXED_BOUNDARY = 6  # tokens of M in the authors' code: <|endoftext|> the emotion is awe because
@@ -974,9 +975,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+        return byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as error:  # noqa: BLE001 - `tokenizers` raises plain Exception
         raise UserError(f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt: {error}") from None
+
+
+def byte_level(bpe: models.BPE) -> Tokenizer:
+    """A tokenizer that cuts and joins text as GPT-2's does."""
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return tokenizer
 
@@ -1057,8 +1063,7 @@ def save(model: SEVLM, folder: str | Path, dtype: torch.dtype = torch.float32) -
     """Our checkpoint: config.json (with the preprocessing), tokenizer.json and, last, model.safetensors."""
     from safetensors.torch import save_file
     folder = Path(folder)
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps({"sevlm": asdict(model.config), "about": model.about}, indent=1))
+    write_text(folder / "config.json", json.dumps({"sevlm": asdict(model.config), "about": model.about}, indent=1))
     with replacing(folder / "tokenizer.json") as path:
         model.text.tokenizer.save(str(path))
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -76,13 +76,28 @@ from metrics import (
     display,
     emotions_of,
     evaluate,
+    interval,
     read_predictions,
     references_of,
+    resampled,
     text_classifier_of,
 )
 from sample import bars, because, choose_device, data_uri, load_model, page
-from sevlm import CLIP_HUB, DIFFERENCES, EMOTIONS, SEVLM, Config, emotion_log_probs, load, option, save, write
-from vad import UserError, read_lexicon, replacing, run_program
+from sevlm import (
+    BASELINE,
+    CLIP_HUB,
+    DIFFERENCES,
+    EMOTIONS,
+    SEVLM,
+    Config,
+    byte_level,
+    emotion_log_probs,
+    load,
+    option,
+    save,
+    write,
+)
+from vad import UserError, read_lexicon, replacing, run_program, write_text
 
 # 1. Settings
 
@@ -224,6 +239,10 @@ class World:
         own = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
         self.workers = own if settings.workers < 0 else settings.workers
 
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -308,8 +327,7 @@ class Run:
         return Plan(sources, Settings(**settings), about["changes"])
 
     def write_json(self, name: str, content) -> None:
-        with replacing(self.path(name)) as path:
-            path.write_text(json.dumps(content, indent=1))
+        write_text(self.path(name), json.dumps(content, indent=1))
 
     def append(self, name: str, record: dict) -> None:
         if is_leader():
@@ -412,10 +430,11 @@ class Judge:
 
     def __init__(self, art: Art):
         self.art, self.classifier = art, text_classifier_of(art)
+        self.references = {split: references_of(art, split) for split in ("val", "test")}
         self.training = [art.texts[row] for row in art.rows("train")]
 
     def scores(self, predictions: dict[str, Prediction], split: str, novelty: bool = False) -> Scores:
-        return evaluate(predictions, references_of(self.art, split), self.training if novelty else (), self.classifier)
+        return evaluate(predictions, self.references[split], self.training if novelty else (), self.classifier)
 
 
 # 5. The loop
@@ -605,15 +624,14 @@ def test(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world
         predictions = predict(model, pictures, judge.art, "test", world, settings, top_p)
         if is_leader():
             lines = [json.dumps({"image": image, **asdict(prediction)}) for image, prediction in predictions.items()]
-            with replacing(run.path(f"test-{name}.jsonl")) as path:
-                path.write_text("\n".join(lines) + "\n")
+            write_text(run.path(f"test-{name}.jsonl"), "\n".join(lines) + "\n")
         scores = judge.scores(predictions, "test", novelty=True)
-        confusion = confusion_matrix(*emotions_of(predictions, references_of(judge.art, "test")))
+        confusion = confusion_matrix(*emotions_of(predictions, judge.references["test"]))
         scores_by[name] = as_json(scores, bootstrap(scores), {}, {}) | {"confusion": confusion.tolist()}
     unusable = {judge.art.names[p]: why for p, why in pictures.problems.items()}
     return {"test": scores_by, "best_possible_acc": best_accuracy(judge.art, "test"),
             "ea_classifier": judge.classifier.accuracy, "memory_gb": peak_memory(world.device), "processes": world.size,
-            "precision": str(world.dtype).split(".")[1], "unusable_pictures": unusable, **environment(world.device)}
+            "precision": world.precision, "unusable_pictures": unusable, **environment(world.device)}
 
 
 @contextlib.contextmanager
@@ -666,9 +684,9 @@ class Terminal:
     def start(self, run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Store | OnTheFly, world: World,
               at: dict, total: int) -> None:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        others, precision = f" and {world.size - 1} more" * (world.size > 1), str(world.dtype).split(".")[1]
+        others = f" and {world.size - 1} more" * (world.size > 1)
         self.line(f"{run.folder}: {len(examples):,} paintings of {art.name}, {trained:,} weights to train "
-                  f"on {world.device}{others}, in {precision} ({world.why})")
+                  f"on {world.device}{others}, in {world.precision} ({world.why})")
         if pictures.problems:
             self.line(f"{len(pictures.problems):,} pictures cannot be used, such as "
                       + "; ".join(f"{art.names[p]}: {why}" for p, why in list(pictures.problems.items())[:3]))
@@ -848,8 +866,7 @@ def write_report(run: Run, art: Art) -> None:
         body += ["<h2>The same pictures as training goes on</h2>", sample_cards(run.records("samples.jsonl"), art)]
     body += ["<h2>What was felt, and what the model said</h2>", confusion_table(results["test"]["greedy"]["confusion"]),
              "<h2>Settings</h2>", html_table([["setting", "value"], *settings.items()], "settings")]
-    with replacing(run.path("report.html")) as path:
-        path.write_text(page(run.folder.name, "".join(body), REPORT_STYLE), encoding="utf-8")
+    write_text(run.path("report.html"), page(run.folder.name, "".join(body), REPORT_STYLE))
 
 
 def summary(results: dict) -> str:
@@ -889,7 +906,7 @@ def study_variants(name: str, full: Config) -> dict[str, dict]:
     variants = {
         "components": {"no VAD input": dict(vad_input=False), "no VAD head": dict(vad_head=False),
                        "no contrastive head": dict(contrastive_head=False),
-                       "baseline": dict(vad_input=False, vad_head=False, contrastive_head=False)},  # Figure 5, Table 1
+                       "baseline": BASELINE},  # Figure 5, Table 1
         "encoder": {"raw VAD": dict(emotion_encoder=False), "no VAD input": dict(vad_input=False)},  # Figure 6
         "negatives": {"wrong emotion only": dict(wrong_image=False), "wrong image only": dict(wrong_emotion=False),
                       "no negatives": dict(contrastive_head=False)},  # Figure 7
@@ -938,9 +955,11 @@ def compare(folder: Path, name: str, variants: list[str], seeds: list[int], plan
         runs = {label: [judge.scores(predictions, "test") for predictions in each] for label, each in runs.items()}
         pooled = {label: {score: Score(sum(run[score].statistics for run in each), each[0][score].formula)
                           for score in TABLE} for label, each in runs.items()}
+        draws = {label: resampled(scores) for label, scores in pooled.items()}
         rows = [[decoding, *TABLE]]
         for label, scores in pooled.items():
-            gaps, bounds = differences(scores, pooled["full"]), bootstrap(scores)
+            gaps = differences(scores, pooled["full"], draws[label], draws["full"])
+            bounds = {score: interval(values) for score, values in draws[label].items()}
             spread = {score: float(np.std([run[score].value for run in runs[label]], ddof=min(1, len(seeds) - 1)))
                       for score in TABLE}
             found = {score: dict(value=scores[score].value, spread=spread[score], interval=bounds[score],
@@ -964,11 +983,9 @@ def compare(folder: Path, name: str, variants: list[str], seeds: list[int], plan
     note = (f"Seeds for each variant: {len(seeds)}; ± is the standard deviation over them. Intervals and p-values "
             "resample images and are paired; they do not know how another seed would have come out.")
     print(f"\n{note}\nreport: {folder / 'report.html'}")
-    study_run = Run(folder)
-    study_run.write_json("results.json", result)
-    with replacing(study_run.path("report.html")) as path:
-        head = f"<h1>Study: {name}</h1><p>{note}</p>"
-        path.write_text(page(f"Study: {name}", head + "".join(body), REPORT_STYLE), encoding="utf-8")
+    Run(folder).write_json("results.json", result)
+    head = f"<h1>Study: {name}</h1><p>{note}</p>"
+    write_text(folder / "report.html", page(f"Study: {name}", head + "".join(body), REPORT_STYLE))
 
 
 # 8. Profile
@@ -983,9 +1000,7 @@ def stand_in_tokenizer() -> Tokenizer:
         for end in range(2, len(text) + 1):
             vocabulary[text[:end]] = merges[text[:end - 1], text[end - 1]] = None
     vocabulary |= dict.fromkeys(f"filler{i}" for i in range(50_257 - len(vocabulary)))
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return tokenizer
+    return byte_level(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
 
 
 def profile(plan: Plan) -> str:
@@ -1035,8 +1050,7 @@ def profile(plan: Plan) -> str:
         rows.append([name, f"{settings.batch / seconds(work, world.device):.1f}", f"{peak_memory(world.device):.2f}"])
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     rows += [["", "", ""], ["checkpoint on disk, MB", f"{size / 1e6:.1f}", ""]]
-    precision = str(world.dtype).split(".")[1]
-    return aligned(rows) + f"\n{world.device}, {precision} ({world.why}), torch {torch.__version__}"
+    return aligned(rows) + f"\n{world.device}, {world.precision} ({world.why}), torch {torch.__version__}"
 
 
 @torch.no_grad()
@@ -1062,7 +1076,8 @@ def seconds(work: Callable, device: torch.device, rounds: int = 3) -> float:
 
 def evaluate_again(options: argparse.Namespace) -> None:
     """Score a saved model, ours or the authors', on the test split of --data; writes a folder of its own."""
-    run, plan, world = find_run(options), Plan.of(options), World(Plan.of(options).settings)
+    run, plan = find_run(options), Plan.of(options)
+    world = World(plan.settings)
     model = load_model(options.evaluate, options.clip, options.lexicon).to(world.device)
     art = plan.art()
     results = test(run, model, open_pictures(art, model, plan.settings, world), Judge(art), world, plan.settings)

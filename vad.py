@@ -348,6 +348,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """All of a text file or nothing of it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterator:
     """Pass `items` on; on a terminal, show count, rate and time left twice a second."""
     total = len(items) if total is None else total
