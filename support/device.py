@@ -1,0 +1,66 @@
+"""Where to compute and in which precision, chosen by what the machine has and by measurement."""
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+from support.program import UserError
+
+NARROW = 256  # below, changing types takes longer than the products save
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [kind for kind, usable in there.items() if usable]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise UserError(f"--device {name}: this machine has {' and '.join(available)}")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device, width: int) -> tuple[torch.dtype, str]:
+    """The type to compute layers of this width in, and the reason."""
+    if name != "auto":
+        slow = name == "fp16" and device.type == "cpu"
+        return PRECISIONS[name], "as asked; slow on a CPU" if slow else "as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device)[0] >= 8:  # is_bf16_supported() is also True where it is emulated
+            return torch.bfloat16, "this GPU has it"
+        return torch.float16, "with loss scaling: this GPU has no bf16"
+    if device.type == "cpu" and width < NARROW:
+        return torch.float32, "narrow layers gain nothing"
+    if device.type == "cpu":
+        gain = seconds_of_products(torch.float32, width) / seconds_of_products(torch.bfloat16, width)
+        return (torch.bfloat16, f"{gain:.1f}x as fast here") if gain > 1.1 else (torch.float32, f"bf16 is {gain:.1f}x")
+    return torch.float32, f"on {device.type}"
+
+
+@torch.no_grad()
+def seconds_of_products(dtype: torch.dtype, width: int, rows: int = 256) -> float:
+    """What an MLP's two matrix products take, as autocast runs them: float32 weights, the best of three."""
+    x, rise, fall = torch.ones(rows, width), torch.ones(4 * width, width), torch.ones(width, 4 * width)
+    best = float("inf")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        for _ in range(3):
+            start = time.perf_counter()
+            F.linear(F.linear(x, rise), fall)
+            best = min(best, time.perf_counter() - start)
+    return best
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB: on the GPU, or of this process; nan where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
