@@ -1,908 +1,799 @@
-"""Training: one loop, from public weights or from scratch to scores, samples and a report.
+"""Training: one loop, from public weights or from nothing to scores, samples, a report and a model to pass on.
 
     python train.py                                     the toy model on the toy data, on a CPU
+    python train.py --one-step                          one step of it in numbers, in under five seconds
     python train.py --data artemis_v1                   the paper's model, on one GPU of 11 GB
-    torchrun --nproc_per_node=2 train.py --data ...     the same on several
+    python train.py --data mine.csv --small             pictures, emotions and explanations of one's own
+    torchrun --nproc_per_node=2 train.py --data ...     the same on several GPUs; --nnodes=2: on two machines
     python train.py --study components                  Figure 5 and Table 1
 
-    1. Settings         the paper's training (5.1) as defaults, the toy's preset, flags made from dataclasses
-    2. World            one process or several, device and precision
-    3. Run              the folder: settings, log, samples, the best model, and the state to resume from
-    4. Scores           predictions for a split, shared out over the processes, and what metrics.py says of them
+    1. Settings         the paper's training (5.1) as defaults, the toy's preset, and the plan of a run
+    2. Pictures         every painting encoded once, the work shared out over the processes
+    3. Scores           predictions for a split, and what metrics.py says of them
+    4. A step           gradients, learning rates (5.1), numbers that are not finite
     5. The loop         read `train` first: it is what all the rest is for
-    6. Report           results, and a page with curves, pictures and the confusion matrix
-    7. Studies          the paper's ablations, one run after the other, with a table at the end
-    8. Profile          Table 3: parameters, FLOPs, memory, speed
+    6. Results          the test split, report, model card
+    7. Studies          the paper's ablations (5.3), one run after the other, with a table at the end
+    8. Saved models     scored on a test split, or on folders of labelled pictures
+    9. One step         what a step does, in numbers
 
 A run can be stopped at any moment and goes on with --resume. What is random is a function of (seed, step), so a
-resumed run computes the same numbers as one that was never stopped.
+resumed run computes the same numbers as one that was never stopped. The run folder is written by the first process of
+all; another machine needs its own copy of the data, and nothing of that folder.
 """
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
 import os
-import platform
-import signal
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
-from html import escape
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import (
     Art,
-    BadPicture,
     Batch,
+    Captions,
     Examples,
-    OnTheFly,
     PictureBatches,
-    Store,
+    PictureFiles,
     add_data_options,
+    art_of,
     best_accuracy,
+    fill_store,
     find_lexicon,
     find_tokenizer,
     load_art,
     load_captions,
     loader,
-    normalise,
-    open_picture,
+    open_store,
     tower_fingerprint,
 )
 from metrics import (
     Prediction,
-    Score,
-    Scores,
-    aligned,
     as_json,
-    bootstrap,
+    compare,
     confusion_matrix,
-    differences,
     display,
     emotions_of,
     evaluate,
-    interval,
     read_predictions,
     references_of,
-    resampled,
     text_classifier_of,
+    without_prediction,
 )
-from sample import bars, because, choose_device, data_uri, load_model, page
 from sevlm import (
     BASELINE,
-    CLIP_HUB,
     DIFFERENCES,
-    EMOTIONS,
     SEVLM,
     Config,
-    byte_level,
     emotion_log_probs,
+    from_public,
+    generate,
+    initialise,
     load,
-    option,
+    load_model,
     save,
-    write,
 )
-from vad import UserError, read_lexicon, replacing, run_program, write_text
+from support.device import PRECISIONS, peak_memory
+from support.files import is_hub_id, load_checked
+from support.flags import named_flags, refuse_contradiction, refuse_nonsense
+from support.labels import label_rows, labelled_files, memberships, right_or_wrong
+from support.pages import colours, data_uri, escape, page, table
+from support.pictures import BadPicture, open_picture
+from support.program import UserError, aligned, run_program, write_json, write_text
+from support.public import CLIP_HUB
+from support.report import (
+    Meter,
+    comparison_charts,
+    comparison_rows,
+    curves,
+    markdown,
+    results_page,
+    score_rows,
+    side_by_side,
+    story_card,
+)
+from support.run import Run, make_folder, newest_unfinished, restore, stop_requests, tensors_of
+from support.scores import Scores, bootstrap, how_tested, pooled
+from support.settings import add_flags, check, flag, given, option, restored
+from support.store import Store
+from support.world import World
+from vad import OUR_LEXICON, Lexicon
 
 # 1. Settings
 
 @dataclass
 class Settings:
     """How to train. What the paper leaves out is as in the authors' code."""
-    epochs: int = option(35, "passes over the training paintings, at most (5.1)")
-    batch: int = option(32, "paintings of a step, over all processes (5.1)")
-    accumulate: int = option(1, "parts of a step computed one after the other, to save memory")
-    lr: float = option(2e-5, "learning rate of decoder and heads (5.1)")
-    vad_lr: float = option(4e-5, "learning rate of VAD emotion modelling: emotion encoder and fusion (5.1)")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    warmup: int = option(0, "steps until the learning rate is reached; it falls to zero linearly from there")
-    validate_every: int = option(2000, "steps between validations")
-    patience: int = option(10, "stop after more than so many validations without a better ACC or BLEU-4")
-    top_p: float = option(0.9, "nucleus of the final evaluation (5.1)")
-    seed: int = option(0, "decides initial weights, order, pairs, negatives, dropout and samples")
+    epochs: int = option(35, "passes over the training paintings, at most (5.1)", least=1)
+    batch: int = option(32, "paintings of a step, over all processes (5.1)", least=1)
+    accumulate: int = option(1, "parts of a step computed one after the other, to save memory", least=1)
+    lr: float = option(2e-5, "learning rate of decoder and heads (5.1)", above=0)
+    vad_lr: float = option(4e-5, "learning rate of VAD emotion modelling: emotion encoder and fusion (5.1)", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
+    warmup: int = option(0, "steps until the learning rate is reached; it falls to zero linearly from there", least=0)
+    validate_every: int = option(2000, "steps between validations", least=1)
+    patience: int = option(10, "stop after more than so many validations without a better ACC or BLEU-4", least=0)
+    top_p: float = option(0.9, "nucleus of the final evaluation (5.1)", above=0, most=1)
+    seed: int = option(0, "decides initial weights, order, pairs, negatives, dropout and samples", least=0,
+                       most=2**32 - 1)
     drop_single_emotion: bool = option(False, "leave out paintings whose annotators all agree, as the authors do")
-    precision: str = option("auto", "auto, bf16, fp16 or float32")
-    cache: str = option("", "folder for every picture's features (or pixels, if the tower trains), by default "
-                            "beside the data; off: encode a picture whenever it is needed")
-    workers: int = option(-1, "processes that prepare batches; default: up to 4 with a GPU, none without")
-    device: str = option("auto", "auto, cpu, cuda or mps")
+    precision: str = option("auto", "auto (by measurement), bf16, fp16 or float32", choices=("auto", *PRECISIONS))
+    cache: str = option("", "folder for every picture's features, or pixels if the tower trains "
+                            "(default: beside the data)")
+    workers: int = option(-1, "processes that prepare batches; -1: up to 4 with a GPU, none without", least=-1, most=64)
+    device: str = option("auto", "auto, cpu, cuda or mps", choices=("auto", "cpu", "cuda", "mps"))
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "accumulate", "lr", "vad_lr", "validate_every"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{flag(name)} must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p} must lie above 0 and not above 1")
+        check(self)
 
 
-TOY = dict(epochs=12, batch=16, lr=1.5e-3, vad_lr=3e-3, warmup=50, validate_every=300, weight_decay=0.01)
-MAIN_LOSSES = ("language", "vad", "contrastive")
-STUDIES = ("components", "encoder", "negatives", "alpha", "ours")
+SMALL = dict(epochs=12, batch=16, lr=1.5e-3, vad_lr=3e-3, warmup=50, validate_every=300, weight_decay=0.01)
+SETTINGS, CONFIG = ([known.name for known in dataclasses.fields(kind)] for kind in (Settings, Config))
+SOURCES = dict(data=str, data_root=str, images=str, lexicon=str, gpt2=str, clip=str, toy_paintings=int, small=bool,
+               study=str, seeds=int) | {"from": str}
+MOVABLE = {"data_root", "images", "lexicon", "gpt2", "clip", "from", "cache", "device", "workers",
+           "precision", "accumulate"}  # what may change while a run is stopped
+PARTS = {"alpha": "contrastive_head", "wrong_emotion": "contrastive_head", "wrong_image": "contrastive_head",
+         "padding_in_means": "contrastive_head", "emotion_encoder": "vad_input", "two_way_emotions": "vad_input",
+         "vad_on_emotion": "vad_input"}  # a detail, and the part of the model that it belongs to
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+@dataclass
+class Plan:
+    """All that decides a run, by the names of the flags: where data and first weights are, every setting, and what was
+    named of the model's configuration."""
+    values: dict
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> "Plan":
+        sources, config = {name: vars(options)[name] for name in SOURCES}, given(options, Config)
+        for name, part in PARTS.items():
+            if name in config and not config.get(part, True):
+                raise UserError(f"{flag(name)} has no effect with --no{flag(part)[1:]}; leave one of them out")
+        preset = SMALL if starting_config(sources).train_tower else {}
+        plan = cls(sources | asdict(Settings(**preset | given(options, Settings))) | config)
+        plan.expected_config()
+        return plan
+
+    @classmethod
+    def stored(cls, values: dict, file: Path, named: dict) -> "Plan":
+        """The plan that a run began with, where the flags named now take it: to another place, device or precision."""
+        if ({*SOURCES, *SETTINGS} - values.keys() or values.keys() - {*SOURCES, *SETTINGS, *CONFIG}
+                or not all(values[name] is None or type(values[name]) is kind for name, kind in SOURCES.items())):
+            raise UserError(f"{file} is damaged or of another version: this run cannot go on, start another")
+        plan = cls(values | {name: value for name, value in named.items() if name in MOVABLE})
+        try:
+            known = asdict(plan.settings) | asdict(plan.expected_config()) | values
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        refuse_contradiction(named, known, MOVABLE, file.parents[1])
+        return plan
+
+    def part(self, names: Sequence[str]) -> dict:
+        return {name: self.values[name] for name in names if name in self.values}
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(**self.part(SETTINGS))
+
+    def expected_config(self) -> Config:
+        """The model's, as far as it is known before weights and data are read."""
+        return dataclasses.replace(starting_config(self.values), **self.part(CONFIG))
+
+    def art(self) -> Art:
+        return load_art(*(self.values[name] for name in ("data", "data_root", "images", "toy_paintings")))
+
+    def model(self, art: Art) -> SEVLM:
+        """The untrained model, with the data's emotions."""
+        torch.manual_seed(self.values["seed"])
+        lexicon, changes = self.values["lexicon"], self.part(CONFIG) | {"emotions": art.emotions}
+        if self.values["from"]:
+            lexicon = find_lexicon(art, lexicon) if lexicon else None
+            return adapted(load_model(self.values["from"], "--from"), lexicon, **changes)
+        lexicon = find_lexicon(art, lexicon) if self.expected_config().uses_vad else None
+        if is_small(self.values):
+            tokenizer = find_tokenizer(art, self.values["gpt2"], small=True)
+            return initialise(SEVLM(Config.toy(**changes), tokenizer, lexicon))
+        return from_public(self.values["clip"], self.values["gpt2"], lexicon, **changes)
 
 
-def add_fields(parser: argparse.ArgumentParser, title: str, kind: type, toy: dict) -> None:
-    """A flag for each field of a dataclass, with its help text and defaults."""
-    group = parser.add_argument_group(title)
-    for setting in dataclasses.fields(kind):
-        default, own = setting.default, toy.get(setting.name, setting.default)
-        text = f"{setting.metadata['help']} (default: {default}" + (f"; toy: {own})" if own != default else ")")
-        switch = isinstance(default, bool)
-        how = dict(action=argparse.BooleanOptionalAction) if switch else dict(type=type(default), metavar="X")
-        group.add_argument(flag(setting.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
+def is_small(sources: dict) -> bool:
+    return sources["data"] == "toy" or sources["small"]
+
+
+def starting_config(sources: dict) -> Config:
+    if sources["from"]:
+        return load_model(sources["from"], "--from").config
+    return Config.toy() if is_small(sources) else Config()
+
+
+def adapted(model: SEVLM, lexicon: Lexicon | None = None, **changes) -> SEVLM:
+    """The same weights under other settings. Other emotions need no other weights: a label is words."""
+    other = SEVLM(dataclasses.replace(model.config, **changes), model.text.tokenizer, lexicon or model.lexicon)
+    load_checked(other, model.state_dict(), "the model to start from does not fit these settings")
+    return other.eval()
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train SEVLM.", usage="%(prog)s [--data NAME] [flags]",
                                      allow_abbrev=False)
-    parser.add_argument("--name", help="of the folder under runs/ (default: data and time)")
+    parser.add_argument("--name", help="of the folder under runs/ (default: data, date and time)")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="where run folders are (default: runs/)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run --name, by default the newest")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run --name, by default the newest that is not finished")
+    parser.add_argument("--from", metavar="RUN", help="start from the weights of a run, model folder or hub id")
+    parser.add_argument("--small", action="store_true",
+                        help="the toy's model and a tokenizer of the data's own, from nothing: no download")
     instead = parser.add_argument_group("instead of one training").add_mutually_exclusive_group()
     instead.add_argument("--study", choices=STUDIES, help="train the variants of one of the paper's studies")
-    instead.add_argument("--evaluate", metavar="RUN",
-                         help="score a saved model, ours or the authors', on the test split")
-    instead.add_argument("--profile", action="store_true", help="print parameters, FLOPs, memory and speed (Table 3)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N",
-                        help="runs of each variant of a study (default: 1)")
+    instead.add_argument("--evaluate", metavar="RUN", help="score a run, model folder or hub id on the test split")
+    instead.add_argument("--one-step", action="store_true", help="show one step on the toy in numbers")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="trainings of each variant of --study")
+    parser.add_argument("--labels", metavar="FOLDER", help="--evaluate on the pictures of FOLDER/CLASS/ instead")
+    parser.add_argument("--map", metavar="CLASS=EMOTIONS,...", help="which of the model's emotions make up a class of "
+                        "--labels: sad=sadness,joy=amusement+excitement (default: the class names are the emotions)")
     add_data_options(parser)
     parser.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE",
                         help=f"CLIP: file, folder or hub id (default: {CLIP_HUB})")
-    add_fields(parser, "training", Settings, TOY)
-    add_fields(parser, "model", Config, asdict(Config.toy()))
+    add_flags(parser, "training", Settings, SMALL)
+    add_flags(parser, "model", Config, asdict(Config.toy()))
     return parser
 
 
-SOURCES = ("data", "data_root", "images", "lexicon", "gpt2", "clip", "toy_paintings")
+# which flags make sense together: all that may be named beside one, what may not, and which other one it needs
+COMPUTING = {"name", "runs", "batch", "accumulate", "precision", "workers", "device"}
+GOES_WITH = {
+    "one_step": {"batch", "precision", "device", "seed", "lr", "vad_lr", "weight_decay", *CONFIG},
+    "labels": COMPUTING | {"evaluate", "map"},
+    "evaluate": COMPUTING | {"data", "data_root", "images", "toy_paintings", "cache", "top_p", "seed", "labels", "map"},
+}
+NOT_WITH = {"from": {"small", "clip", "gpt2"}, "small": {"clip", "gpt2"}}
+NEEDS = {"seeds": "study", "labels": "evaluate", "map": "labels"}
+PRIVATE = ("report.html",)  # shows pictures of the data, so it is not published with a run
 
+
+def begin(options: argparse.Namespace, world: World) -> tuple[Run, Plan]:
+    """A new run: its folder is taken, its plan written."""
+    plan, folder = Plan.of(options), None
+    name = "-".join(filter(None, [Path(options.data).stem, options.study, f"{datetime.now():%Y%m%d-%H%M%S}"]))
+    if world.leads:
+        folder = Run.begin(Path(options.runs) / (options.name or name), plan.values, PRIVATE,
+                           numbered=not options.name).folder
+    return Run(Path(world.share(str(folder))), world.leads), plan
+
+
+def go_on(options: argparse.Namespace, world: World) -> tuple[Run, Plan]:
+    """The run --name, or the newest that is not finished, with the plan that it began with."""
+    found = None
+    if world.leads:
+        run = Run(Path(options.runs) / options.name) if options.name else newest_unfinished(
+            Path(options.runs), lambda plan: options.study in (None, plan.get("study")))
+        found = [str(run.folder), run.plan()]
+    folder, values = world.share(found)
+    run = Run(Path(folder), world.leads)
+    return run, Plan.stored(values, run.plan_file, named_flags(parser(), options))
+
+
+# 2. Pictures
 
 @dataclass
-class Plan:
-    """All that decides a run: where the data is, how to train, and which model."""
-    sources: dict[str, str | int | None]
-    settings: Settings
-    config: dict  # changes to the preset's or the public weights' configuration
-
-    @classmethod
-    def of(cls, options: argparse.Namespace, **changes) -> "Plan":
-        given = vars(options) | changes
-        toy = given["data"] == "toy"
-        settings, config = ({field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
-                            for kind in (Settings, Config))
-        for name, needed in NEEDS.items():
-            if name in config and not config.get(needed, True):
-                raise UserError(f"{flag(name)} has no effect with --no{flag(needed)[1:]}; leave one of them out")
-        return cls({name: given[name] for name in SOURCES}, Settings(**(TOY if toy else {}) | settings), config)
-
-    def art(self) -> Art:
-        return load_art(*(self.sources[name] for name in ("data", "data_root", "images", "toy_paintings")))
-
-    def model(self, art: Art) -> SEVLM:
-        """The untrained model."""
-        torch.manual_seed(self.settings.seed)
-        config = Config.toy(**self.config) if art.name == "toy" else Config(**self.config)
-        lexicon = find_lexicon(art, self.sources["lexicon"]) if config.uses_vad else None
-        if art.name == "toy":
-            return SEVLM(config, find_tokenizer(art, self.sources["gpt2"]), lexicon)
-        return SEVLM.from_public(self.sources["clip"], self.sources["gpt2"], lexicon, **self.config)
+class Pictures:
+    """What the model is given of each painting: features, or pixels if the tower trains."""
+    store: Store
+    usable: np.ndarray  # (P,)
+    problems: dict[str, str]  # by painting: why there is nothing, whichever process found out
 
 
-MAY_MOVE = ("data_root", "images", "cache", "device", "workers")  # while a run is stopped
-NEEDS = {"alpha": "contrastive_head", "wrong_emotion": "contrastive_head", "wrong_image": "contrastive_head",
-         "padding_in_means": "contrastive_head", "emotion_encoder": "vad_input", "two_way_emotions": "vad_input",
-         "vad_on_emotion": "vad_input"}
+def open_pictures(art: Art, model: SEVLM, settings: Settings, world: World, wanted: np.ndarray | None = None
+                  ) -> Pictures:
+    """Encode what is not stored yet, by default of every painting. Each machine has a store of its own."""
+    with world.first_here():
+        store = open_store(art, model, settings.cache or None)
+    problems = fill_store(store, art, model, wanted, workers_of(settings, world), world.local_rank, world.local_size,
+                          world.dtype)
+    problems = world.merge({art.names[painting]: why for painting, why in problems.items()})
+    world.wait()
+    return Pictures(store, np.array([name not in problems for name in art.names]), problems)
 
 
-def given_flags(options: argparse.Namespace) -> dict:
-    """The flags that were named, as far as they differ from their defaults."""
-    defaults = parser()
-    return {name: value for name, value in vars(options).items() if value != defaults.get_default(name)}
+def workers_of(settings: Settings, world: World) -> int:
+    if settings.workers >= 0:
+        return settings.workers
+    return min(4, os.cpu_count() or 1) if world.device.type == "cuda" else 0
 
 
-# 2. World
-
-def is_leader() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-class World:
-    """This process among others (torchrun sets RANK and WORLD_SIZE), its device and its precision."""
-
-    def __init__(self, settings: Settings):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        self.device = choose_device(settings.device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-        if self.size > 1 and not dist.is_initialized():  # building a feature cache may take hours
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(hours=24))
-        self.dtype, self.why = choose_precision(settings.precision, self.device)
-        own = min(4, os.cpu_count() or 1) if self.device.type == "cuda" else 0
-        self.workers = own if settings.workers < 0 else settings.workers
-
-    @property
-    def precision(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """What the leader makes on disk, the others find there."""
-        if not is_leader():
-            dist.barrier()
-        yield
-        if is_leader() and self.size > 1:
-            dist.barrier()
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def sum(self, numbers: Tensor) -> Tensor:
-        if self.size > 1:
-            dist.all_reduce(numbers)
-        return numbers
-
-    def merge(self, mine: dict) -> dict:
-        """The union of all processes' dicts, sent as JSON text in byte tensors."""
-        if self.size == 1:
-            return mine
-        text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
-        longest = int(max(sizes))
-        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in sizes]
-        dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))))
-        parts = [json.loads(bytes(part[:size].tolist())) for part, size in zip(texts, sizes, strict=True)]
-        return {key: value for part in parts for key, value in part.items()}
-
-
-def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The type to compute in, and the reason."""
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
-    if name != "auto":
-        if name not in types:
-            raise UserError(f"--precision {name}: there are auto, bf16, fp16 and float32")
-        if name == "fp16" and device.type != "cuda":
-            raise UserError("--precision fp16 needs a GPU: its gradients need loss scaling there")
-        return types[name], "as asked"
-    if device.type != "cuda":
-        return torch.float32, f"on {device.type}"
-    if torch.cuda.get_device_capability(device)[0] >= 8:  # is_bf16_supported() is also True where it is emulated
-        return torch.bfloat16, "this GPU has it"
-    return torch.float16, "with loss scaling: this GPU has no bf16"
-
-
-# 3. Run
-
-class Run:
-    """A folder under runs/. Everything is written to a temporary name and renamed; the log is only appended to."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    @property
-    def state_file(self) -> Path:
-        return self.folder / "state" / "state.safetensors"
-
-    @property
-    def frozen_file(self) -> Path:
-        return self.folder / "state" / "frozen.safetensors"
-
-    def path(self, name: str) -> Path:
-        return self.folder / name
-
-    def plan(self, given: dict) -> Plan:
-        """The plan that this run began with. Flags given now may move it to another place or device, no more."""
-        stored = json.loads(self.path("config.json").read_text())
-        about = stored["about"]
-        known = about["sources"] | about["settings"] | stored["sevlm"]
-        for name in given.keys() & known.keys() - set(MAY_MOVE):
-            if given[name] != known[name]:
-                raise UserError(f"{flag(name)} {given[name]} contradicts {self.folder}, which began with "
-                                f"{known[name]}; leave it out, or start another --name")
-        sources, settings = ({name: given[name] if name in MAY_MOVE and name in given else value
-                              for name, value in about[part].items()} for part in ("sources", "settings"))
-        return Plan(sources, Settings(**settings), about["changes"])
-
-    def write_json(self, name: str, content) -> None:
-        write_text(self.path(name), json.dumps(content, indent=1))
-
-    def append(self, name: str, record: dict) -> None:
-        if is_leader():
-            with open(self.path(name), "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def records(self, name: str) -> list[dict]:
-        path = self.path(name)
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def save_state(self, model: SEVLM, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-        """Weights, optimizer and position in one file, so that they always belong together."""
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        tensors = {f"model.{name}": parameter for name, parameter in trained.items()}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-        sizes = {name: self.path(name).stat().st_size if self.path(name).is_file() else 0
-                 for name in ("log.jsonl", "samples.jsonl")}
-        with replacing(self.state_file) as path:
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path,
-                      {"progress": json.dumps(progress | {"sizes": sizes})})
-
-    def save_frozen(self, model: SEVLM) -> None:
-        """What does not change, once: a frozen tower and the lexicon's tables."""
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with replacing(self.frozen_file) as path:
-            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()
-                       if name not in trained}, path)
-
-    def load_state(self, model: SEVLM, optimizer: torch.optim.Optimizer) -> dict:
-        """Put model, optimizer, log and samples back to where the state was saved."""
-        with safe_open(self.state_file, "pt", device="cpu") as file, safe_open(self.frozen_file, "pt") as frozen:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            weights = {name: frozen.get_tensor(name) for name in frozen.keys()}  # noqa: SIM118
-        state: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            owner, rest = name.split(".", 1)
-            if owner == "model":
-                weights[rest] = tensor
-            else:
-                index, key = rest.split(".")
-                state.setdefault(int(index), {})[key] = tensor
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        if is_leader():
-            for name, size in progress.pop("sizes").items():
-                if self.path(name).is_file():
-                    os.truncate(self.path(name), size)
-        return progress
-
-
-def find_run(options: argparse.Namespace) -> Run:
-    """The folder that the options mean; a used one only with --resume."""
-    runs = Path(options.runs)
-    if options.resume:
-        newest = sorted(runs.glob("*/config.json"), key=lambda path: path.stat().st_mtime)[-1:]
-        folder = runs / options.name if options.name else newest[0].parent if newest else runs
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--resume: {folder} holds no run")
-        return Run(folder)
-    folder = runs / (options.name or f"{options.data}-{datetime.now():%Y%m%d-%H%M%S}")
-    refuse_used(folder, f"--resume --name {folder.name}")
-    return Run(folder)
-
-
-def refuse_used(folder: Path, how: str) -> None:
-    if is_leader() and folder.is_dir() and any(folder.iterdir()):  # the other processes may already find its files
-        raise UserError(f"{folder} is not empty; go on with {how}, or name another --name")
-
-
-# 4. Scores
+# 3. Scores
 
 @torch.no_grad()
-def predict(model: SEVLM, pictures: Store | OnTheFly, art: Art, split: str, world: World, settings: Settings,
+def predict(model: SEVLM, pictures: Pictures, art: Art, split: str, world: World, settings: Settings,
             top_p: float) -> dict[str, Prediction]:
     """For each painting of a split the most probable emotion and an explanation of it; 0 is greedy decoding."""
     model.eval()
-    mine = art.paintings(split)[world.rank::world.size]
-    found: dict[str, list] = {}
-    together = max(1, 2 * settings.batch // settings.accumulate)
-    for seen, pixels, _ in loader(PictureBatches(pictures, mine, together), world.workers, world.device):
-        if len(seen) == 0:
-            continue
+    paintings = art.paintings(split)
+    mine = paintings[pictures.usable[paintings]][world.rank::world.size]
+    batches = PictureBatches(pictures.store, mine, max(1, 2 * settings.batch // settings.accumulate))
+    found = {}
+    for indices, images in loader(batches, workers_of(settings, world), world.device):
         with world.autocast():
-            sight = model.look(normalise(pixels.to(world.device), model.config))
-            log_probs = emotion_log_probs(model, sight)
-            emotions = [EMOTIONS[index] for index in log_probs.argmax(1).tolist()]
-            written = write(model, sight, list(map(model.text.opening, emotions)), top_p=top_p,
-                            seeds=[settings.seed + int(painting) for painting in seen])
-        reasons = map(model.text.reason, written.ids.tolist())
-        for painting, *values in zip(seen, emotions, reasons, log_probs.exp().tolist(), strict=True):
-            found[art.names[painting]] = values
-    model.train()
-    return {name: Prediction(*values) for name, values in sorted(world.merge(found).items())}
+            features = images.to(world.device)  # (B, K, d), or pixels
+            features = model.encode_image(features) if model.config.train_tower else features
+            log_probs = emotion_log_probs(model, features)
+            emotions = [model.text.emotions[index] for index in log_probs.argmax(1).tolist()]
+            sentences = generate(model, features, [model.text.opening(emotion) for emotion in emotions], top_p=top_p,
+                                 seeds=[settings.seed + int(painting) for painting in indices])
+        reasons = map(model.text.reason, sentences.ids.tolist())
+        for painting, *answer in zip(indices, emotions, reasons, log_probs.exp().tolist(), strict=True):
+            found[art.names[painting]] = answer
+    return {name: Prediction(emotion, reason, dict(zip(model.text.emotions, shares, strict=True)))
+            for name, (emotion, reason, shares) in sorted(world.merge(found).items())}
 
 
 class Judge:
-    """References, training texts and the EA classifier of a data set: all that scoring needs, loaded once."""
+    """References and the EA classifier of a data set: all that scoring needs, loaded once."""
 
     def __init__(self, art: Art):
-        self.art, self.classifier = art, text_classifier_of(art)
+        self.emotions, self.classifier = art.emotions, text_classifier_of(art, train=True)
         self.references = {split: references_of(art, split) for split in ("val", "test")}
-        self.training = [art.texts[row] for row in art.rows("train")]
 
-    def scores(self, predictions: dict[str, Prediction], split: str, novelty: bool = False) -> Scores:
-        return evaluate(predictions, self.references[split], self.training if novelty else (), self.classifier)
+    def scores(self, predictions: dict[str, Prediction], split: str) -> Scores:
+        """None where there is nothing to score: a tiny split may be empty, and a model may compute nan."""
+        shares = [sum(one.probabilities.values()) for one in predictions.values()]
+        if not shares or not all(map(math.isfinite, shares)):
+            return {}
+        return evaluate(predictions, self.references[split], self.emotions, self.classifier)
 
 
-# 5. The loop
+# 4. A step
+
+MAIN_LOSSES = ("language", "vad", "contrastive")
+MOST_SKIPPED = 10  # steps in a row
+
 
 def parameter_groups(model: SEVLM, settings: Settings) -> list[dict]:
     """5.1: VAD emotion modelling learns twice as fast as the rest."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     vad = [parameter for name, parameter in named if name.startswith(("emotion_encoder.", "fusion."))]
     rest = [parameter for name, parameter in named if not name.startswith(("emotion_encoder.", "fusion."))]
-    groups = [dict(params=rest, name="decoder and heads", base=settings.lr)]
+    groups = [dict(params=rest, name="all other weights", base=settings.lr)]
     return groups + [dict(params=vad, name="VAD emotion modelling", base=settings.vad_lr)] if vad else groups
 
 
 def pace(step: int, total: int, warmup: int) -> float:
-    """The factor of the learning rates at a step: up within the warm-up, then linearly down to zero."""
+    """The factor of the learning rates at a step: up within the warm-up, and linearly down to zero."""
     return min((step + 1) / warmup, 1.0) * (total - step) / total if step < warmup else (total - step) / total
+
+
+class Learner:
+    """A model and its optimizer: a step at a time, on one process or several, in any precision."""
+
+    def __init__(self, model: SEVLM, settings: Settings, world: World):
+        self.model, self.world = model, world
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.lr, eps=1e-6,
+                                           weight_decay=settings.weight_decay,
+                                           fused=world.device.type in ("cpu", "cuda"))
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+        self.forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+
+    def step(self, parts: Sequence[Batch], factor: float, stop: bool = False) -> tuple[dict[str, float], float, bool]:
+        """One step of the loop: the losses, the gradient's norm, and whether any process was asked to stop."""
+        losses = self.backward(parts)
+        norms = self.gradient_norms()
+        mine = torch.stack([*losses.values(), *norms.values(), torch.tensor(float(stop), device=self.world.device)])
+        *values, stopped = self.world.sum(mine).tolist()
+        norm = math.hypot(*values[len(losses):]) / self.world.size  # gradients are the same on all processes
+        self.update(factor, math.isfinite(norm))
+        return dict(zip(losses, values, strict=False)), norm, stopped > 0
+
+    def backward(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+        """The gradient of a step, part by part. Returns this process's share of each loss."""
+        losses: dict[str, Tensor] = {}
+        for turn, batch in enumerate(parts, 1):
+            batch, last = batch.to(self.world.device), turn == len(parts)
+            exchange = contextlib.nullcontext() if last or self.world.size == 1 else self.forward.no_sync()
+            with exchange, self.world.autocast():
+                output = self.forward(batch.pictures, **batch.inputs)
+                shares = {name: output.losses[name] * batch.shares[name]
+                          for name in MAIN_LOSSES if name in output.losses}
+                total = sum(share * self.model.weight(name) for name, share in shares.items())  # Eq. 8
+                self.scaler.scale(total * self.world.size).backward()  # processes are averaged
+            losses = {name: losses.get(name, 0) + share.detach() for name, share in shares.items()}
+        self.scaler.unscale_(self.optimizer)
+        return losses
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        return {group["name"]: nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+                for group in self.optimizer.param_groups}
+
+    def update(self, factor: float, finite: bool = True) -> None:
+        """Change the weights; where the gradient is not finite the step is skipped, in every precision."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * group["base"]
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+
+def finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
+
+
+# 5. The loop
+
+@dataclass
+class Position:
+    """Where a training stands: with weights and optimizer, all that going on needs."""
+    step: int = 0
+    best: float = -1.0  # ACC + BLEU-4 of the model that was kept; -1: none yet
+    acc: float = -1.0
+    bleu: float = -1.0
+    stale: int = 0  # validations in a row that improved neither
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    precision: str = ""  # the one that was chosen
+    trained_on: str = ""  # a run goes on with the paintings and the model that it began with
+    model: str = ""
+    scaler: dict = field(default_factory=dict)
+
+    def note(self, scores: dict[str, float]) -> bool:
+        """Take note of a validation; was it the best?
+
+        The authors keep the best ACC and the best BLEU-4, and stop when neither has improved for a while. We stop by
+        the same rule and keep one model, the best by the sum of the two.
+        """
+        acc, bleu = (scores.get(name, math.nan) for name in ("ACC", "BLEU-4"))  # nan: there was nothing to score
+        known = [value for value in (acc, bleu) if math.isfinite(value)]
+        if known:
+            self.stale = 0 if acc > self.acc or bleu > self.bleu else self.stale + 1
+        self.acc, self.bleu = max(self.acc, acc), max(self.bleu, bleu)  # nan is never larger
+        better = bool(known) and sum(known) > self.best
+        self.best = sum(known) if better else self.best
+        return better
 
 
 class Interrupted(Exception):
     """A signal asked to stop, and the state has been saved."""
 
 
-def train(run: Run, plan: Plan, quiet: bool = False) -> dict:
+def train(run: Run, plan: Plan, world: World) -> dict:
     """Train, validate, keep the best, and score it on the test split. Returns what results.json holds."""
-    settings, world = plan.settings, World(plan.settings)
-    run.folder = Path(world.merge({"folder": str(run.folder)} if is_leader() else {})["folder"])
-    say = Terminal(quiet or not is_leader())
-    with world.leader_first():
+    settings = plan.settings
+    world.compute_on(settings.device)
+    at = restored(Position, world.share(run.position()), run.state_file)
+    with world.first_here():
         art = plan.art()
         model = plan.model(art)
-        judge, captions = Judge(art), load_captions(art, model)
-    model.about = {"data": art.name, "sources": plan.sources, "settings": asdict(settings), "changes": plan.config}
-    if is_leader() and not run.path("config.json").is_file():
-        run.write_json("config.json", {"sevlm": asdict(model.config), "about": model.about})
-    model.to(world.device)
-    pictures = open_pictures(art, model, settings, world)
-    examples = Examples(art, captions, model.text, pictures, settings.seed, settings.drop_single_emotion,
-                        trim=not model.config.padding_in_means)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.lr, eps=1e-6,
-                                  weight_decay=settings.weight_decay, fused=world.device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
-    forward = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    captions, judge = load_captions(art, model), Judge(art) if world.leads else None
+    world.compute_in(at.precision if at.precision and settings.precision == "auto" else settings.precision,
+                     model.config.width)
+    pictures = open_pictures(art, model.to(world.device), settings, world)
+    examples = examples_of(art, model, captions, pictures, settings)
+    recognise(at, model, examples, run)
+    at.precision, model.about = world.precision, {"data": art.name}
+    learner = Learner(model, settings, world)
+    restore(model, learner.optimizer, world.share_tensors(run.tensors()))
+    learner.scaler.load_state_dict(at.scaler or learner.scaler.state_dict())  # fp16's alone has a state
+    total = settings.epochs * math.ceil(len(examples) / settings.batch)
+    introduce(run, art, model, examples, pictures, world, at, total)
+    started, meter = time.monotonic() - at.seconds, Meter(at.step, total, settings.batch, "pictures", world.leads)
+    model.train()
+    with stop_requests(world.say) as asked:
+        for epoch, parts in batches_from(at.step, examples, settings, world):
+            if at.stale > settings.patience:
+                break
+            torch.manual_seed(dropout_seed(settings.seed, at.step, world.rank))
+            losses, norm, stop = learner.step(parts, pace(at.step, total, settings.warmup), asked.is_set())
+            at.step, at.seconds = at.step + 1, time.monotonic() - started
+            at.skipped_in_a_row = 0 if math.isfinite(norm) else at.skipped_in_a_row + 1
+            at.skipped += not math.isfinite(norm)
+            meter.note(at.step, losses)
+            run.append("log.jsonl", {
+                "step": at.step, "epoch": epoch, "losses": finite_only(losses), "lr": learner.rates, **finite_only(
+                    {"gradient": norm, "pictures_per_second": meter.rate, "memory_gb": peak_memory(world.device)})})
+            if at.skipped_in_a_row == MOST_SKIPPED:
+                give_up(run, at, losses, parts, art)
+            if at.step % settings.validate_every == 0 or at.step == total:
+                scores, predictions = validate(model, pictures, judge, art, world, settings)
+                model.train()
+                better = finite(model) and at.note(scores)
+                if better and world.leads:
+                    save(model, run.folder)
+                record(run, at, scores, better, predictions, world)
+                save_state(run, learner, at)
+            if stop:
+                save_state(run, learner, at)
+                raise Interrupted(f"stopped after step {at.step:,} of {total:,}")
+    return finish(run, plan, model, pictures, judge, art, world, at)
+
+
+def examples_of(art: Art, model: SEVLM, captions: Captions, pictures: Pictures, settings: Settings) -> Examples:
+    values = model.lexicon.values if model.lexicon else None
+    return Examples(art, captions, model.text, values, pictures.store, pictures.usable, settings.seed,
+                    settings.drop_single_emotion, trim=not model.config.padding_in_means)
+
+
+def recognise(at: Position, model: SEVLM, examples: Examples, run: Run) -> None:
+    """Refuse to go on with other paintings, or another model, than the run began with."""
+    trained_on, known = f"{len(examples):,} paintings ({examples.fingerprint[:16]})", fingerprint(model)
+    if at.trained_on not in ("", trained_on):
+        raise UserError(f"{run.folder} was trained on {at.trained_on}; now there are {trained_on}. Bring the data "
+                        "back to what it was, or start another run")
+    if at.model not in ("", known):
+        raise UserError(f"{run.folder} began with another CLIP, tokenizer, lexicon or configuration than "
+                        "there is now; name what it began with, or start another run")
+    at.trained_on, at.model = trained_on, known
+
+
+def fingerprint(model: SEVLM) -> str:
+    """Of all in a model that training does not change."""
+    fixed = [asdict(model.config), model.text.tokenizer.get_vocab(), model.lexicon.text if model.lexicon else "",
+             "" if model.config.train_tower else tower_fingerprint(model)]
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def introduce(run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Pictures, world: World, at: Position,
+              total: int) -> None:
+    """What is about to happen, and what the user may not know of the data."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = f" and {world.size - 1} more" * (world.size > 1)
+    lines = [(f"{run.folder}: {len(examples):,} paintings of {art.name}, {trained:,} weights to train on "
+              f"{world.device}{others}, in {world.precision} ({world.why})"), *art.notes[:5]]
+    if art.problems:
+        lines.append(f"{len(art.problems):,} rows cannot be used, such as {art.problems[0]}")
+    if problems := pictures.problems:
+        shown = "; ".join(f"{name}: {why}" for name, why in itertools.islice(problems.items(), 3))
+        lines.append(f"{len(problems):,} pictures cannot be used, such as {shown}")
+    if at.step:
+        lines.append(f"resumed at step {at.step:,} of {total:,}")
+    world.say("\n".join(lines))
+
+
+def batches_from(step: int, examples: Examples, settings: Settings, world: World) -> Iterator[tuple[int, list[Batch]]]:
+    """The epoch and this process's batches, a list of `accumulate`, of each step from `step` to the end."""
     steps = math.ceil(len(examples) / settings.batch)  # of an epoch
-    total = settings.epochs * steps
-    at = dict(step=0, best=-1.0, acc=-1.0, bleu=-1.0, stale=0, skipped=0, skipped_in_a_row=0, seconds=0.0, scaler={})
-    if run.state_file.is_file():
-        at = run.load_state(model, optimizer)
-        scaler.load_state_dict(at["scaler"])
-    elif is_leader():
-        run.save_frozen(model)
-        run.save_state(model, optimizer, at)
-    say.start(run, art, model, examples, pictures, world, at, total)
-    started = time.monotonic() - at["seconds"]
-    with stop_requests() as stop_asked:
-        while at["step"] < total and at["stale"] <= settings.patience:
-            epoch, done = divmod(at["step"], steps)
-            batches = iter(loader(examples.epoch(epoch, settings.batch, world.rank, world.size, settings.accumulate),
-                                  world.workers, world.device, done * settings.accumulate))
-            for step in range(at["step"], (epoch + 1) * steps):
-                [own] = np.random.SeedSequence((settings.seed, step, world.rank)).generate_state(1)
-                torch.manual_seed(int(own))  # dropout
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base"] * pace(step, total, settings.warmup)
-                losses, paintings, problems = backward(forward, model, batches, settings.accumulate, scaler, world)
-                scaler.unscale_(optimizer)
-                norm = nn.utils.get_total_norm([p.grad for group in optimizer.param_groups for p in group["params"]])
-                stop = torch.tensor(float(stop_asked.is_set()), device=world.device)
-                mine = torch.stack([*losses.values(), norm / world.size, stop])
-                *values, norm, stop = world.sum(mine).tolist()  # the only wait for the device in a step
-                values = dict(zip(losses, values, strict=True))
-                if not math.isfinite(norm):
-                    at["skipped_in_a_row"] += 1
-                    at["skipped"] += 1
-                    if world.dtype != torch.float16 or at["skipped_in_a_row"] >= 10:
-                        give_up(run, model, optimizer, at, values, [art.names[p] for p in paintings])
-                else:
-                    at["skipped_in_a_row"] = 0
-                scaler.step(optimizer)  # does nothing where a gradient is not finite
-                scaler.update()
-                optimizer.zero_grad()
-                at |= dict(step=step + 1, seconds=time.monotonic() - started, scaler=scaler.state_dict())
-                say.step(at, total, values, settings.batch)
-                skipped = {"skipped_pictures": {art.names[p]: why for p, why in problems.items()}} if problems else {}
-                run.append("log.jsonl", {"step": step + 1, "epoch": epoch, "losses": values, "gradient": norm,
-                                         "lr": {group["name"]: group["lr"] for group in optimizer.param_groups},
-                                         "pictures_per_second": say.rate, "memory_gb": peak_memory(world.device),
-                                         **skipped})
-                if at["step"] % settings.validate_every == 0 or at["step"] == total:
-                    validate(run, model, pictures, judge, world, settings, at, say)
-                    if is_leader():
-                        run.save_state(model, optimizer, at)
-                    if at["stale"] > settings.patience:
-                        break
-                if stop:
-                    if is_leader():
-                        run.save_state(model, optimizer, at)
-                    raise Interrupted
-    world.wait()
-    return finish(run, pictures, judge, world, settings, at, say)
+    for epoch in range(step // steps, settings.epochs):
+        done = max(0, step - epoch * steps) * settings.accumulate
+        own = examples.epoch(epoch, settings.batch, world.rank, world.size, settings.accumulate)
+        batches = iter(loader(own, workers_of(settings, world), world.device, done))
+        while parts := list(itertools.islice(batches, settings.accumulate)):
+            yield epoch, parts
 
 
-def open_pictures(art: Art, model: SEVLM, settings: Settings, world: World) -> Store | OnTheFly:
-    """Features of the frozen tower, or pixels if it trains; every process encodes its share."""
-    if settings.cache == "off":
-        return OnTheFly(art, model.config)
-    features = not model.config.train_tower
-    what = f"features-{tower_fingerprint(model)[:8]}" if features else f"pixels-{model.config.image_size}"
-    folder = Path(settings.cache or art.folder / "cache")
-    store = Store(folder / f"{art.name}-{what}.npy", art, model, features)
-    with world.leader_first():
-        store.open()
-    store.fill(world.workers, part=world.rank, parts=world.size)
-    world.wait()
-    return store
+def dropout_seed(*place: int) -> int:
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
-def backward(forward: nn.Module, model: SEVLM, batches: Iterator[Batch], accumulate: int, scaler: torch.amp.GradScaler,
-             world: World) -> tuple[dict[str, Tensor], list[int], dict[int, str]]:
-    """The gradient of a step, part by part. Returns this process's share of each loss, its paintings and problems."""
-    losses, paintings, problems = {}, [], {}
-    for turn in range(accumulate):
-        batch = next(batches).to(world.device)
-        last = turn == accumulate - 1
-        with contextlib.nullcontext() if last or world.size == 1 else forward.no_sync(), world.autocast():
-            try:
-                output = forward(normalise(batch.pictures, model.config), **batch.inputs)
-                parts = {name: output.losses[name] * batch.shares[name]
-                         for name in MAIN_LOSSES if name in output.losses}
-                total = sum(part * model.weight(name) for name, part in parts.items())  # Eq. 8
-                scaler.scale(total * world.size).backward()  # DistributedDataParallel takes the mean over processes
-            except torch.cuda.OutOfMemoryError:
-                raise UserError(f"out of memory with {len(batch.paintings)} paintings at once: --accumulate "
-                                f"{2 * accumulate} computes the same in half the memory") from None
-        losses = {name: losses.get(name, 0) + part.detach() for name, part in parts.items()}
-        paintings += batch.paintings.tolist()
-        problems |= batch.problems
-    return losses, paintings, problems
+def finite_only(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no nan."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def give_up(run: Run, model: SEVLM, optimizer: torch.optim.Optimizer, at: dict, losses: dict,
-            paintings: list[str]) -> None:
-    """Stop at numbers that are not finite; the weights have not been changed by them."""
-    if is_leader():
-        run.save_state(model, optimizer, at | {"skipped_in_a_row": 0})
-    shown = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
-    raise UserError(f"step {at['step'] + 1}: the gradient is not finite ({shown}); the last good state is saved in "
-                    f"{run.folder}. The batch: {', '.join(paintings)}")
+def validate(model: SEVLM, pictures: Pictures, judge: Judge | None, art: Art, world: World, settings: Settings
+             ) -> tuple[dict[str, float], dict[str, Prediction]]:
+    """Greedy scores on the validation split, the same for all processes, and what they are scores of."""
+    predictions = predict(model, pictures, art, "val", world, settings, top_p=0.0)
+    scores = judge.scores(predictions, "val") if judge else {}
+    return world.share({name: score.value for name, score in scores.items()}), predictions
 
 
-def validate(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings,
-             at: dict, say: "Terminal") -> None:
-    """Score the validation split greedily. The authors keep the best ACC and the best BLEU-4 and stop when neither
-    has improved for a while; we stop by the same rule, and keep one model, the best by the sum of the two."""
-    predictions = predict(model, pictures, judge.art, "val", world, settings, top_p=0.0)
-    values = {name: score.value for name, score in judge.scores(predictions, "val").items()}
-    acc, bleu = values["ACC"], values["BLEU-4"]
-    at["stale"] = 0 if acc > at["acc"] or bleu > at["bleu"] else at["stale"] + 1
-    at |= dict(acc=max(acc, at["acc"]), bleu=max(bleu, at["bleu"]))
-    better = acc + bleu > at["best"]
-    if better:
-        at["best"] = acc + bleu
-        if is_leader():
-            save(model, run.folder)
-    run.append("log.jsonl", {"step": at["step"], "validation": values, "best": better})
+def record(run: Run, at: Position, scores: dict[str, float], better: bool, predictions: dict[str, Prediction],
+           world: World) -> None:
+    """A validation in the log and on the terminal, with what was said of the same few pictures."""
+    run.append("log.jsonl", {"step": at.step, "validation": finite_only(scores), "best": better})
     shown = list(predictions.items())[::max(1, len(predictions) // 6)][:6]
-    for name, prediction in shown:
-        run.append("samples.jsonl", {"step": at["step"], "image": name, **asdict(prediction)})
-    say.validation(at, values, better, shown)
+    run.append("samples.jsonl", *({"step": at.step, "image": name, **asdict(one)} for name, one in shown))
+    told = "  ".join(f"{name} {display(name, scores[name])}" for name in TABLE if name in scores)
+    world.say(f"validation at step {at.step:,}: {told or 'nothing to score'}" + "  best so far" * better)
+    for image, one in shown[:2]:
+        world.say(f"    {image.split('/')[-1]}: {one.emotion} because {one.explanation}")
 
 
-def finish(run: Run, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings, at: dict,
-           say: "Terminal") -> dict:
-    """The best model on the test split, which nothing has looked at before."""
-    results = test(run, load(run.folder).to(world.device), pictures, judge, world, settings)
-    results |= {"steps": at["step"], "skipped_steps": at["skipped"], "seconds": at["seconds"]}
-    if is_leader():
-        run.write_json("results.json", results)
-        write_report(run, judge.art)
-        say.finish(run, results)
+def save_state(run: Run, learner: Learner, at: Position) -> None:
+    """Weights that are not finite never take the place of good ones."""
+    at.scaler = learner.scaler.state_dict()
+    if finite(learner.model):
+        run.save_state(tensors_of(learner.model, learner.optimizer), asdict(at))
+
+
+def give_up(run: Run, at: Position, losses: dict[str, float], parts: Sequence[Batch], art: Art) -> None:
+    shown = ", ".join(f"{name} {loss:.3g}" for name, loss in losses.items())
+    names = ", ".join(art.names[painting] for batch in parts for painting in batch.paintings)
+    raise UserError(f"step {at.step}: for the {MOST_SKIPPED}th time in a row the gradient is not finite ({shown}). "
+                    f"{run.folder} keeps its last good state, but going on would end here again: start another run "
+                    f"with a smaller --lr or --precision float32. The batch: {names}")
+
+
+# 6. Results
+
+TABLE = ("ACC", "EA", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR (exact+stem)", "ROUGE-L", "CIDEr", "Unique")
+CURVES = {"emotion: ACC, EA, top-2": ("ACC", "EA", "Top-2"),
+          "words: BLEU-4, METEOR, ROUGE-L": ("BLEU-4", "METEOR (exact+stem)", "ROUGE-L"),
+          "distinct explanations": ("Unique",)}
+
+
+def finish(run: Run, plan: Plan, model: SEVLM, pictures: Pictures, judge: Judge | None, art: Art, world: World,
+           at: Position) -> dict:
+    """The best model on the test split, which nothing has been chosen by."""
+    if at.best < 0:
+        world.say("no validation gave a number: the last weights are kept, which need not be the best")
+        if world.leads and finite(model):
+            save(model, run.folder)
+    model.load_state_dict(world.share_tensors(load(run.folder).state_dict() if world.leads else {}))
+    results, predictions = test(model, pictures, judge, art, world, plan.settings)
+    if world.leads:
+        results |= {"steps": at.step, "skipped_steps": at.skipped, "seconds": at.seconds}
+        write_predictions(run.folder, predictions)
+        write_text(run.folder / "report.html", report(run, results, art, plan.part([*SETTINGS]) | asdict(model.config)))
+        write_text(run.folder / "README.md", model_card(run.folder.name, model, plan, results))
+        write_json(run.results_file, results)  # last: now the run is finished
+        tell(run.folder, results)
+        print(f"Now try: python sample.py --checkpoint {run.folder} examples/*.png")
+    world.wait()
     return results
 
 
-def test(run: Run, model: SEVLM, pictures: Store | OnTheFly, judge: Judge, world: World, settings: Settings) -> dict:
-    """Scores on the test split by nucleus sampling, as in 5.1, and greedily; predictions go to test-*.jsonl."""
-    scores_by = {}
-    for name, top_p in (("nucleus", settings.top_p), ("greedy", 0.0)):
-        predictions = predict(model, pictures, judge.art, "test", world, settings, top_p)
-        if is_leader():
-            lines = [json.dumps({"image": image, **asdict(prediction)}) for image, prediction in predictions.items()]
-            write_text(run.path(f"test-{name}.jsonl"), "\n".join(lines) + "\n")
-        scores = judge.scores(predictions, "test", novelty=True)
-        confusion = confusion_matrix(*emotions_of(predictions, judge.references["test"]))
-        scores_by[name] = as_json(scores, bootstrap(scores), {}, {}) | {"confusion": confusion.tolist()}
-    unusable = {judge.art.names[p]: why for p, why in pictures.problems.items()}
-    return {"test": scores_by, "best_possible_acc": best_accuracy(judge.art, "test"),
-            "ea_classifier": judge.classifier.accuracy, "memory_gb": peak_memory(world.device), "processes": world.size,
-            "precision": world.precision, "unusable_pictures": unusable, **environment(world.device)}
+def test(model: SEVLM, pictures: Pictures, judge: Judge | None, art: Art, world: World, settings: Settings
+         ) -> tuple[dict, dict[str, dict[str, Prediction]]]:
+    """Scores on the test split by nucleus sampling, as in 5.1, and greedily, and the predictions."""
+    predictions = {decoding: predict(model, pictures, art, "test", world, settings, top_p)
+                   for decoding, top_p in (("nucleus", settings.top_p), ("greedy", 0.0))}
+    if not judge:
+        return {}, predictions
+    tested, references = {}, judge.references["test"]
+    for decoding, found in predictions.items():
+        scores = judge.scores(found, "test")
+        if not scores:
+            raise UserError("there is nothing to score: " + (
+                "the model computes no numbers (nan); train another with a smaller --lr" if found else
+                f"no painting of the test split of {art.name} has a usable picture"))
+        confusion = confusion_matrix(*emotions_of(found, references), art.emotions)
+        tested[decoding] = as_json(scores, bootstrap(scores)) | {"confusion": confusion.tolist()}
+    missing, acc_without = without_prediction(predictions["greedy"], references)
+    numbers = {"best_possible_acc": best_accuracy(art, "test"), "ea_classifier": judge.classifier.accuracy,
+               "their_cost_in_acc": acc_without - (tested["greedy"]["ACC"] or 0),
+               "memory_gb": peak_memory(world.device)}
+    return {"data": art.name, "emotions": list(art.emotions), "test": tested, "unusable_pictures": pictures.problems,
+            "test_paintings_without_picture": missing, **finite_only(numbers), "environment": world.environment()
+            }, predictions
 
 
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Event]:
-    """Ctrl-C and SIGTERM set the event, and the loop stops after its step; a second Ctrl-C does not wait."""
-    asked = Event()
-
-    def ask(signum: int, frame) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+def write_predictions(folder: Path, predictions: dict[str, dict[str, Prediction]]) -> None:
+    for decoding, found in predictions.items():
+        lines = [json.dumps({"image": image, **asdict(prediction)}) for image, prediction in found.items()]
+        write_text(folder / f"test-{decoding}.jsonl", "\n".join(lines) + "\n")
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB: on the GPU, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+def tell(folder: Path, results: dict) -> None:
+    print("\n".join([aligned(test_rows(results)), *remarks(results), f"report: {folder / 'report.html'}"]))
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Device, versions and revision: what somebody needs to know who gets other numbers."""
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                              cwd=Path(__file__).parent).stdout.strip()
-    own = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else own
-    return {"device": f"{device.type}: {name}", "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "revision": revision or "unknown"}
+def report(run: Run, results: dict, art: Art, settings: dict) -> str:
+    """The page of a run, or of a saved model that was scored."""
+    training, records = "", run.records("log.jsonl")
+    if records:
+        training = (f"<h2>Training</h2>{curves(records, CURVES)}<h2>The same pictures as training goes on</h2>"
+                    + "".join(stories(run.records("samples.jsonl"), art)))
+    return results_page(run.folder.name, remarks(results), test_rows(results), results["emotions"],
+                        results["test"]["greedy"]["confusion"], settings | results["environment"], training)
 
 
-class Terminal:
-    """What a run says: a line that updates, a block at each validation, a table at the end; plain if no terminal."""
-
-    def __init__(self, quiet: bool):
-        self.quiet, self.live, self.smooth, self.rate = quiet, sys.stdout.isatty(), {}, 0.0
-        self.last = self.begun = None
-
-    def line(self, text: str) -> None:
-        if not self.quiet:
-            print(("\r\x1b[K" if self.live else "") + text, flush=True)
-
-    def start(self, run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Store | OnTheFly, world: World,
-              at: dict, total: int) -> None:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        others = f" and {world.size - 1} more" * (world.size > 1)
-        self.line(f"{run.folder}: {len(examples):,} paintings of {art.name}, {trained:,} weights to train "
-                  f"on {world.device}{others}, in {world.precision} ({world.why})")
-        if pictures.problems:
-            self.line(f"{len(pictures.problems):,} pictures cannot be used, such as "
-                      + "; ".join(f"{art.names[p]}: {why}" for p, why in list(pictures.problems.items())[:3]))
-        if at["step"]:
-            self.line(f"resumed at step {at['step']:,} of {total:,}")
-
-    def step(self, at: dict, total: int, losses: dict[str, float], batch: int) -> None:
-        now = time.monotonic()
-        if self.begun is None:
-            self.begun = self.last = now
-            self.first = at["step"] - 1
-        self.smooth = {name: 0.95 * self.smooth.get(name, value) + 0.05 * value for name, value in losses.items()}
-        self.rate = (at["step"] - self.first) * batch / max(now - self.begun, 1e-9)
-        if self.quiet or now - self.last < (0.2 if self.live else 10):
-            return
-        self.last, left = now, timedelta(seconds=round((total - at["step"]) * batch / self.rate))
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in self.smooth.items())
-        text = (f"step {at['step']:,}/{total:,}  {100 * at['step'] // total}%  {shown}  {self.rate:.0f} pictures/s  "
-                f"{left} left")
-        print(f"\r{text}\x1b[K" if self.live else text, end="" if self.live else "\n", flush=True)
-
-    def validation(self, at: dict, values: dict[str, float], better: bool,
-                   shown: Sequence[tuple[str, Prediction]]) -> None:
-        scores = "  ".join(f"{name} {100 * values[name]:.1f}" for name in TABLE if name in values)
-        self.line(f"validation at step {at['step']:,}: {scores}" + "  best so far" * better)
-        for image, prediction in shown[:2]:
-            self.line(f"    {image.split('/')[-1]}: {prediction.emotion} because {prediction.explanation}")
-
-    def finish(self, run: Run, results: dict) -> None:
-        best = results["best_possible_acc"]
-        self.line(aligned(score_rows(results)) + "\n" + (f"best possible ACC {100 * best:.1f}; " if best else "")
-                  + f"EA's classifier is right for {100 * results['ea_classifier']:.1f}% of the test texts\n"
-                  + f"{summary(results)} Report: {run.path('report.html')}")
-        if run.path("model.safetensors").is_file():
-            self.line(f"Now try: python sample.py --checkpoint {run.folder} examples/*.png")
+def test_rows(results: dict) -> list[list[str]]:
+    return score_rows("test", results["test"], display)
 
 
-# 6. Report
-
-TABLE = ("ACC", "EA", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR (exact+stem)", "ROUGE-L", "CIDEr", "Unique")
-LINES = ("#4878a8", "#d9822b", "#5a9e5f", "#b5546c", "#8268b0", "#8a8a80")
-
-
-def round_steps(top: float) -> list[float]:
-    """Round numbers from 0 until `top` is reached."""
-    magnitude = 10.0 ** math.floor(math.log10(top))
-    step = next(step for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude) if top / step <= 5)
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
-
-
-def chart(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """Curves of (x, y) points as SVG, all axes from zero."""
-    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
-    width, height, left, top, bottom = 420, 230, 46, 40, 26
-    xs, ys = (round_steps(max([p[i] for p in points], default=0) or 1) for i in (0, 1))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (width - left - 12) * x / xs[-1], height - bottom - (height - top - bottom) * y / ys[-1]
-
-    parts = []
-    for y in ys:
-        level = place(0, y)[1]
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 12}" y1="{level:.1f}" y2="{level:.1f}"/>'
-                     f'<text x="{left - 6}" y="{level + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in xs:
-        anchor = "end" if x == xs[-1] else "middle"
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}">{x:,.6g}</text>')
-    at = left
-    for (name, curve), colour in zip(curves.items(), itertools.cycle(LINES)):
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        if len(curves) > 1:
-            parts.append(f'<text x="{at}" y="31" style="fill:{colour}">{escape(name)}</text>')
-            at += 7 * len(name) + 14
-    return drawing(width, height, title, parts)
+def remarks(results: dict) -> list[str]:
+    """What must be known to read the scores."""
+    lines, where = [], results["environment"]
+    if "steps" in results:
+        skipped = f" ({results['skipped_steps']:,} of them skipped)" if results["skipped_steps"] else ""
+        memory = f", {results['memory_gb']:.2f} GB at most" if results["memory_gb"] else ""
+        lines.append(f"{results['steps']:,} steps{skipped} in {timedelta(seconds=round(results['seconds']))}{memory}, "
+                     f"on {where['device']} in {where['precision']}.")
+    if results["best_possible_acc"]:
+        lines.append(f"The best possible ACC of this data is {100 * results['best_possible_acc']:.1f}.")
+    if results["ea_classifier"] is not None:
+        lines.append(f"EA's classifier is right for {100 * results['ea_classifier']:.1f}% of the test texts.")
+    if results["test_paintings_without_picture"]:
+        lines.append(f"{results['test_paintings_without_picture']:,} test paintings have no usable picture; ACC counts "
+                     f"them as wrong, which costs it {100 * (results['their_cost_in_acc'] or 0):.1f} points.")
+    return lines
 
 
-def drawing(width: int, height: int, title: str, parts: list[str]) -> str:
-    head = f'<text class="title" x="0" y="14">{escape(title)}</text>'
-    return (f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
-            f'{head}{"".join(parts)}</svg>')
-
-
-def bar_picture(title: str, values: dict[str, tuple[float, float, float]]) -> str:
-    """A horizontal bar for each name's (value, low, high), with the interval as a line over its end."""
-    left, width, row = 150, 420, 24
-    top = round_steps(max(max(v) for v in values.values()) or 1)[-1]
-    parts = []
-    for index, (name, bounds) in enumerate(values.items()):
-        y = 26 + row * index
-        value, low, high = (left + (width - left - 50) * bound / top for bound in bounds)
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(name)}</text>'
-                     f'<rect x="{left}" y="{y + 2}" width="{value - left:.1f}" height="15" fill="{LINES[index > 0]}"/>'
-                     f'<path class="whisker" d="M{low:.1f},{y + 9.5} H{high:.1f} m0,-3.5 v7 M{low:.1f},{y + 6} v7"/>'
-                     f'<text x="{high + 6:.1f}" y="{y + 14}">{bounds[0]:.1f}</text>')
-    return drawing(width, 30 + row * len(values), title, parts)
-
-
-def html_table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    """The first row and the first column are headings; a row that begins with blanks explains the one above."""
-    head, *body = [[escape(str(cell)) for cell in row] for row in rows]
-    lines = ["<tr>" + "".join(f"<th scope=col>{cell}" for cell in head)]
-    lines += [f"<tr{' class=detail' * first.startswith(' ')}><th scope=row>{first}"
-              + "".join(f"<td>{cell}" for cell in rest) for first, *rest in body]
-    return f'<div class="wide"><table class="{kind}">{"".join(lines)}</table></div>'
-
-
-def confusion_table(confusion: list[list[int]]) -> str:
-    """Counts, each darker the larger its share of its row."""
-    head = "".join(f'<th scope="col"><span>{emotion}</span>' for emotion in EMOTIONS)
-    body = "".join(f'<tr><th scope="row">{emotion}' + "".join(
-        f'<td style="--share:{100 * count / max(1, sum(row)):.0f}%">{count or "·"}' for count in row[:len(EMOTIONS)])
-        for emotion, row in zip(EMOTIONS, confusion, strict=True))
-    return f'<div class="wide"><table class="confusion"><tr><th>felt ↓ said →{head}{body}</table></div>'
-
-
-def score_rows(results: dict) -> list[list[str]]:
-    """The final scores as a table: nucleus sampling and greedy decoding, with intervals and counts."""
-    nucleus, greedy = results["test"]["nucleus"], results["test"]["greedy"]
-    rows = [["test", "nucleus", "95% interval", "greedy", "95% interval", "images"]]
-    for name, count in greedy["counts"].items():
-        if greedy.get(name) is not None and nucleus.get(name) is not None:
-            rows.append([name])
-            for part in (nucleus, greedy):
-                bounds = " .. ".join(display(name, bound) for bound in part["intervals"][name])
-                rows[-1] += [display(name, part[name]), bounds]
-            rows[-1].append(f"{count:,}")
-    return rows
-
-
-def smoothed(points: list[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
-    """At most so many points, each the mean of its neighbourhood."""
-    parts = np.array_split(np.array(points), min(most, len(points))) if points else []
-    return [tuple(part.mean(0)) for part in parts]
-
-
-def curves_of(records: list[dict]) -> str:
-    """Losses and learning rates of every step, scores of every validation."""
-    steps, validations = ([r for r in records if key in r] for key in ("losses", "validation"))
-    charts = [chart(f"{name} loss", {name: smoothed([(r["step"], r["losses"][name]) for r in steps])})
-              for name in (steps[0]["losses"] if steps else ())]
-    for title, names in (("emotion: ACC, EA, top-2", ("ACC", "EA", "Top-2")), ("words: BLEU-4, METEOR, ROUGE-L", (
-            "BLEU-4", "METEOR (exact+stem)", "ROUGE-L")), ("distinct explanations", ("Unique",))):
-        found = {name: [(r["step"], 100 * r["validation"].get(name, math.nan)) for r in validations] for name in names}
-        charts.append(chart(f"{title}, validation", found))
-    return f'<div class="charts">{"".join(charts)}</div>'
-
-
-def sample_cards(samples: list[dict], art: Art) -> str:
+def stories(samples: list[dict], art: Art) -> Iterator[str]:
     """The same few pictures as training goes on: bars of the last validation, sentences of up to eight."""
-    files, cards = dict(zip(art.names, art.files, strict=True)), []
+    files, colour = dict(zip(art.names, art.files, strict=True)), colours(art.emotions)
     for image in dict.fromkeys(sample["image"] for sample in samples):
         mine = [sample for sample in samples if sample["image"] == image]
         try:
-            picture = f'<img alt="" src="{data_uri(open_picture(files[image], 240), 240)}">'
+            picture = data_uri(open_picture(files[image], 240), 240)
         except BadPicture:
-            picture = ""
-        shown = [mine[i] for i in np.linspace(0, len(mine) - 1, min(8, len(mine))).astype(int)]
-        lines = "".join(f'<li><small>{sample["step"]:,}</small> {because(sample)}' for sample in shown)
-        cards.append(f'<article class="card sample">{picture}<div><h3>{escape(image)}</h3>'
-                     f'{bars(mine[-1]["probabilities"])}<ol class="story">{lines}</ol></div></article>')
-    return "".join(cards)
+            picture = None
+        likely = sorted(mine[-1]["probabilities"].items(), key=lambda pair: -pair[1])[:4]
+        shown = [mine[place] for place in np.linspace(0, len(mine) - 1, min(8, len(mine))).astype(int)]
+        yield story_card(image, picture, [(name, share, colour[name]) for name, share in likely],
+                         [(one["step"], one["emotion"], f"because {one['explanation']}") for one in shown])
 
 
-def write_report(run: Run, art: Art) -> None:
-    """report.html: one page that needs nothing else."""
-    results, stored = json.loads(run.path("results.json").read_text()), json.loads(run.path("config.json").read_text())
-    records, best = run.records("log.jsonl"), results["best_possible_acc"]
-    facts = {key: results[key] for key in ("device", "precision", "processes", "python", "torch", "numpy", "revision")}
-    settings = stored["about"].get("settings", {}) | facts | stored["sevlm"]
-    body = [f"<h1>{escape(run.folder.name)}</h1><p>{escape(summary(results))}"
-            + (f" The best possible ACC of this data is {100 * best:.1f}." if best else "")
-            + f" EA's classifier is right for {100 * results['ea_classifier']:.1f}% of the test texts.</p>",
-            "<h2>Test scores</h2>", html_table(score_rows(results))]
-    if records:
-        body += ["<h2>Training</h2>", curves_of(records)]
-        body += ["<h2>The same pictures as training goes on</h2>", sample_cards(run.records("samples.jsonl"), art)]
-    body += ["<h2>What was felt, and what the model said</h2>", confusion_table(results["test"]["greedy"]["confusion"]),
-             "<h2>Settings</h2>", html_table([["setting", "value"], *settings.items()], "settings")]
-    write_text(run.path("report.html"), page(run.folder.name, "".join(body), REPORT_STYLE))
+def model_card(name: str, model: SEVLM, plan: Plan, results: dict) -> str:
+    """README.md of a run: what somebody needs to know who is given the folder. It names no place of this machine."""
+    lexicon = NO_LEXICON
+    if model.lexicon:
+        lexicon = OWN_LEXICON if model.lexicon.text == OUR_LEXICON.read_text(encoding="utf-8") else OTHER_LEXICON
+    settings = {key: value for key, value in plan.part(SETTINGS).items() if key not in MOVABLE} | plan.part(CONFIG)
+    return CARD.format(
+        name=name, data=results["data"], emotions=", ".join(model.text.emotions), start=origin(plan.values),
+        scores=markdown(test_rows(results)), remarks=" ".join(remarks(results)), lexicon=lexicon,
+        settings="\n".join(f"- {key}: {value}" for key, value in settings.items()))
 
 
-def summary(results: dict) -> str:
-    trained = ""
-    if "steps" in results:
-        trained = f"{results['steps']:,} steps in {timedelta(seconds=round(results['seconds']))}, "
-    return f"{trained}{results['memory_gb']:.2f} GB at most, on {results['device']} in {results['precision']}."
+def origin(sources: dict) -> str:
+    """Where the first weights came from; a path is nobody else's business."""
+    if sources["from"]:
+        return f"the weights of {Path(sources['from']).name}"
+    if is_small(sources):
+        return "random weights"
+    return " and ".join(source if is_hub_id(source) else name
+                        for name, source in (("CLIP", sources["clip"]), ("GPT-2", sources["gpt2"])))
 
 
-REPORT_STYLE = """
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.5rem; }
-.chart text { font-size: 11px; fill: currentColor; } .chart .title { font-size: 13px; font-weight: 600; }
-.chart .grid { stroke: currentColor; opacity: .15; } .chart .whisker { stroke: currentColor; fill: none; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 500; }
-.wide { margin-top: 1rem; font-size: .88rem; } tr.detail > * { color: var(--soft); font-size: .8rem; padding-block: 0; }
-tr.detail > :first-child { padding-left: 1.6rem; font-weight: 400; }
-tr.detail + tr:not(.detail) > * { padding-top: .7rem; }
-table.settings :is(th, td) { text-align: left; white-space: normal; }
-table.confusion td { background: color-mix(in srgb, #4878a8 var(--share), transparent); min-width: 2.6rem; }
-table.confusion td { text-align: center; }
-table.confusion th[scope=col] { writing-mode: vertical-rl; transform: rotate(180deg); }
-table.confusion th[scope=col] { text-align: left; padding: .4rem .2rem; }
-.sample { display: grid; grid-template-columns: minmax(120px, 220px) 1fr; }
-.sample img { width: 100%; aspect-ratio: 1; object-fit: cover; border-bottom-right-radius: 12px; }
-.story { list-style: none; padding: 0; margin: .6rem 0 0; }
-.story li { padding-left: 3.5rem; text-indent: -3.5rem; }
-.story small { display: inline-block; min-width: 3.2rem; text-indent: 0; opacity: .6; }
+NO_LEXICON = "It uses no VAD lexicon."
+OWN_LEXICON = "`lexicon.txt` is the small list that comes with the code, under its MIT licence."
+OTHER_LEXICON = """`lexicon.txt` is the VAD lexicon that the model was trained with. If it is NRC VAD: that is for
+research only and must not be passed on, so do not publish this folder with it."""
+CARD = """---
+tags: [visual-emotion, image-to-text, sevlm]
+---
+# {name}
+
+A small emotional vision language model (SEVLM, arXiv 2403.11150): it names the emotion that a picture evokes and says
+why in a sentence. `python sample.py picture.jpg --checkpoint FOLDER` asks it.
+
+- Data: {data}
+- Emotions: {emotions}
+- Started from: {start}
+
+## Scores on the test split
+
+{scores}
+
+{remarks}
+
+## What it may be used for
+
+For research on what pictures evoke. An emotion is what some annotators said they felt; the model repeats them, and
+their culture, with confidence. It measures nobody's feelings and is no basis for decisions about people. The terms of
+its data, and of the weights that it started from, hold for it too. {lexicon}
+
+## Settings
+
+{settings}
 """
 
 
 # 7. Studies
 
-def study_variants(name: str, full: Config) -> dict[str, dict]:
-    """The paper's ablations as changes to the configuration; the first is what the others are compared with."""
+STUDIES = ("components", "encoder", "negatives", "alpha", "ours")
+
+
+def study_variants(name: str, full: dict) -> dict[str, dict]:
+    """The paper's ablations as changes to the settings; the first variant is what the others are compared with."""
     variants = {
         "components": {"no VAD input": dict(vad_input=False), "no VAD head": dict(vad_head=False),
                        "no contrastive head": dict(contrastive_head=False),
@@ -911,198 +802,215 @@ def study_variants(name: str, full: Config) -> dict[str, dict]:
         "negatives": {"wrong emotion only": dict(wrong_image=False), "wrong image only": dict(wrong_emotion=False),
                       "no negatives": dict(contrastive_head=False)},  # Figure 7
         "alpha": {f"alpha {alpha:g}": dict(alpha=alpha) for alpha in (0.0, 0.5, 1.0, 2.0, 4.0)},
-        "ours": {name.replace("_", " "): {name: True} for name in DIFFERENCES},
+        "ours": {name.replace("_", " "): {name: True} for name in (*DIFFERENCES, "drop_single_emotion")},
     }[name]
-    return {"full": {}} | {label: changes for label, changes in variants.items()
-                           if dataclasses.replace(full, **changes) != full}
+    return {"full": {}} | {label: changes for label, changes in variants.items() if full | changes != full}
 
 
-def study(options: argparse.Namespace) -> None:
-    """Train each variant with each seed, one after the other, and compare them; --resume goes on with a stopped one."""
-    folder = Path(options.runs) / (options.name or f"{options.data}-{options.study}")
-    if not options.resume:
-        refuse_used(folder, "--resume")
-    plan = Plan.of(options)
-    varied = {name for changes in study_variants(options.study, Config()).values() for name in changes}
-    if given := varied & plan.config.keys():
-        raise UserError(f"--study {options.study} itself varies {', '.join(sorted(given))}; leave that flag out")
-    preset = Config.toy if options.data == "toy" else Config
-    variants = study_variants(options.study, preset(**plan.config))
-    seeds = range(plan.settings.seed, plan.settings.seed + options.seeds)
+def varied_by(name: str) -> set[str]:
+    """The settings that a study varies itself."""
+    return {setting for changes in study_variants(name, {}).values() for setting in changes}
+
+
+def study(run: Run, plan: Plan, world: World) -> None:
+    """Train each variant with each seed, one after the other, and compare them."""
+    variants = study_variants(plan.values["study"], asdict(plan.settings) | asdict(plan.expected_config()))
+    seeds = range(plan.values["seed"], plan.values["seed"] + plan.values["seeds"])
     for count, (seed, label) in enumerate(itertools.product(seeds, variants), 1):
-        run = Run(folder / run_name(label, seed))
-        if is_leader():
-            print(f"\n{label}, seed {seed}: run {count} of {len(variants) * len(seeds)}", flush=True)
-        own = dict(seed=seed, **variants[label])
-        begun = run.path("config.json").is_file()
-        own_plan = run.plan(given_flags(options) | own) if begun else Plan.of(options, **own)
-        if not run.path("results.json").is_file():
-            train(run, own_plan)
-    if is_leader():
-        compare(folder, options.study, list(variants), list(seeds), plan)
+        one = Run(run.folder / run_name(label, seed), world.leads)
+        own = Plan(plan.values | {"study": None, "seeds": 1, "seed": seed} | variants[label])
+        if world.leads and not one.begun:
+            Run.begin(one.folder, own.values, PRIVATE)
+        if not world.share(one.finished):
+            world.say(f"\n{label}, seed {seed}: run {count} of {len(variants) * len(seeds)}")
+            with one.lock():
+                train(one, own, world)
+    if world.leads:
+        compare_variants(run, plan, list(variants), list(seeds))
 
 
 def run_name(label: str, seed: int) -> str:
     return f"{label.replace(' ', '-')}-{seed}"
 
 
-def compare(folder: Path, name: str, variants: list[str], seeds: list[int], plan: Plan) -> None:
-    """A study's table and page. Images are what is resampled; an image's results are summed over the seeds."""
-    judge, body, result = Judge(plan.art()), [], {}
+def compare_variants(run: Run, plan: Plan, variants: list[str], seeds: list[int]) -> None:
+    """A study's tables and page."""
+    judge, results, body, title = Judge(plan.art()), {}, [], f"Study: {plan.values['study']}"
     for decoding in ("greedy", "nucleus"):
-        runs = {label: [read_predictions(folder / run_name(label, seed) / f"test-{decoding}.jsonl") for seed in seeds]
+        runs = {label: [scores_of_run(run.folder / run_name(label, seed), decoding, judge) for seed in seeds]
                 for label in variants}
-        runs = {label: [judge.scores(predictions, "test") for predictions in each] for label, each in runs.items()}
-        pooled = {label: {score: Score(sum(run[score].statistics for run in each), each[0][score].formula)
-                          for score in TABLE} for label, each in runs.items()}
-        draws = {label: resampled(scores) for label, scores in pooled.items()}
-        rows = [[decoding, *TABLE]]
-        for label, scores in pooled.items():
-            gaps = differences(scores, pooled["full"], draws[label], draws["full"])
-            bounds = {score: interval(values) for score, values in draws[label].items()}
-            spread = {score: float(np.std([run[score].value for run in runs[label]], ddof=min(1, len(seeds) - 1)))
-                      for score in TABLE}
-            found = {score: dict(value=scores[score].value, spread=spread[score], interval=bounds[score],
-                                 against_full=gaps[score]) for score in TABLE}
-            result[f"{decoding}: {label}"] = found
-            rows.append([label, *(f"{display(score, one['value'])} ±{100 * one['spread']:.1f}"
-                                  for score, one in found.items())])
-            if label != "full":
-                ends = {score: [100 * end for end in gaps[score]["interval"]] for score in TABLE}
-                rows.append(["  difference", *(f"{100 * gaps[score]['difference']:+.1f}" for score in TABLE)])
-                rows.append(["  95% interval", *(f"{low:+.1f}..{high:+.1f}" for low, high in ends.values())])
-                rows.append(["  p", *(f"{gaps[score]['p']:.3f}" for score in TABLE)])
+        found = side_by_side(runs, compare)
+        rows = comparison_rows(decoding, found, display)
         print("\n" + aligned(rows))
-        pictures = []
-        for score in ("ACC", "EA", "BLEU-4", "ROUGE-L", "CIDEr", "Unique"):
-            found = {label: result[f"{decoding}: {label}"][score] for label in variants}
-            pictures.append(bar_picture(score, {label: tuple(100 * x for x in (one["value"], *one["interval"]))
-                                                for label, one in found.items()}))
-        body += [f"<h2>{decoding.capitalize()} decoding</h2>",
-                 f"<div class=charts>{''.join(pictures)}</div>{html_table(rows)}"]
-    note = (f"Seeds for each variant: {len(seeds)}; ± is the standard deviation over them. Intervals and p-values "
-            "resample images and are paired; they do not know how another seed would have come out.")
-    print(f"\n{note}\nreport: {folder / 'report.html'}")
-    Run(folder).write_json("results.json", result)
-    head = f"<h1>Study: {name}</h1><p>{note}</p>"
-    write_text(folder / "report.html", page(f"Study: {name}", head + "".join(body), REPORT_STYLE))
+        body += [f"<h2>{decoding.capitalize()} decoding</h2>", comparison_charts(found), table(rows)]
+        results |= {f"{decoding}: {label}": scores for label, scores in found.items()}
+    note = (f"Seeds for each variant: {len(seeds)}; ± is the standard deviation over them. "
+            f"{how_tested(pooled(runs['full']))} Holm corrects for the {(len(runs) - 1) * len(found['full'])} p-values "
+            "of a table. None of them knows how another seed would have come out.")
+    print(f"\n{note}\nreport: {run.folder / 'report.html'}")
+    write_text(run.folder / "report.html", page(title, f"<h1>{title}</h1><p>{escape(note)}</p>" + "".join(body)))
+    write_json(run.results_file, results)
 
 
-# 8. Profile
-
-def stand_in_tokenizer() -> Tokenizer:
-    """As large as GPT-2's, with the words of our lexicon: for speed and memory, it does not matter which words."""
-    texts = ("the emotion is because", *EMOTIONS, *read_lexicon().rows)
-    words = sorted({f" {word}" for text in texts for word in text.split()})
-    vocabulary, merges = dict.fromkeys(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]), {}
-    for word in words:  # merge each from its first letter on
-        text = word.replace(" ", "Ġ")
-        for end in range(2, len(text) + 1):
-            vocabulary[text[:end]] = merges[text[:end - 1], text[end - 1]] = None
-    vocabulary |= dict.fromkeys(f"filler{i}" for i in range(50_257 - len(vocabulary)))
-    return byte_level(models.BPE({token: i for i, token in enumerate(vocabulary)}, list(merges)))
+def scores_of_run(folder: Path, decoding: str, judge: Judge) -> Scores:
+    predictions = dict(read_predictions(folder / f"test-{decoding}.jsonl", judge.emotions))
+    return {name: score for name, score in judge.scores(predictions, "test").items() if name in TABLE}
 
 
-def profile(plan: Plan) -> str:
-    """Table 3 for a configuration, with random weights; needs no file, but the toy's vocabulary for the toy."""
-    world, settings, toy = World(plan.settings), plan.settings, plan.sources["data"] == "toy"
-    model = plan.model(plan.art()) if toy else SEVLM(Config(**plan.config), stand_in_tokenizer(), read_lexicon())
-    config = model.to(world.device).config
-    rows = [["parameters", "all", "trained"]]
-    for name, part in [*model.named_children(), ("all", model)]:
-        count, trained = (sum(p.numel() * keep(p) for p in part.parameters())
-                          for keep in (lambda p: True, lambda p: p.requires_grad))
-        if count:
-            rows.append([name.replace("_", " "), f"{count:,}", f"{trained:,}"])
-    images = torch.rand(settings.batch, 3, config.image_size, config.image_size, device=world.device)
-    text = model.sentence(["awe", "fear"] * settings.batch, [" ".join(["the quiet sea"] * 10)] * (2 * settings.batch))
-    sibling = torch.arange(2 * settings.batch, device=world.device) ^ 1
-    inputs = text | dict(labels=model.text.labels(text["ids"]), wrong_emotion=sibling, wrong_image=sibling.roll(2))
-    with torch.no_grad():
-        patches = model.see(images)
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings), settings.lr)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)
+# 8. Saved models
 
-    def step() -> None:
-        with world.autocast():
-            scaler.scale(model(images if config.train_tower else patches, **inputs).losses["total"]).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+def evaluate_again(options: argparse.Namespace, world: World) -> None:
+    """Score a saved model on the test split of --data. Its own emotions are the data's: a label is words."""
+    settings = Settings(**given(options, Settings))
+    world.compute_on(settings.device)
+    folder = evaluation_folder(options)
+    with world.first_here():
+        art = art_of(options)
+    model = adapted(load_model(options.evaluate, "--evaluate"), emotions=art.emotions).to(world.device)
+    world.compute_in(settings.precision, model.config.width)
+    pictures = open_pictures(art, model, settings, world, art.paintings("test"))
+    judge = Judge(art) if world.leads else None
+    results, predictions = test(model, pictures, judge, art, world, settings)
+    if world.leads:
+        results["evaluated"] = str(options.evaluate)
 
-    @torch.no_grad()
-    def answer() -> None:
-        with world.autocast():
-            seen = model.look(images)
-            best = emotion_log_probs(model, seen).argmax(1).tolist()
-            write(model, seen, [model.text.opening(EMOTIONS[index]) for index in best], top_p=settings.top_p)
+        def fill(new: Path) -> None:
+            write_predictions(new, predictions)
+            shown = {"evaluated": options.evaluate} | asdict(settings) | asdict(model.config)
+            write_text(new / "report.html", report(Run(folder), results, art, shown))
+            write_json(new / "results.json", results)
+        tell(make_folder(folder, fill, numbered=not options.name), results)
+    world.wait()
 
-    one = {name: tensor[:2] for name, tensor in text.items() if tensor is not None}
-    tower = flops(lambda: model.see(images[:1]))
-    reading = flops(lambda: model.decoder.logits(model(patches[:1], **one).hidden))
-    rows += [["", "", ""], ["GFLOP for one picture", "", ""], ["vision tower", f"{tower:.2f}", ""],
-             ["reading two explanations, with logits", f"{reading:.2f}", ""],
-             ["", "", ""], [f"speed, batch {settings.batch}", "pictures/s", "peak GB"]]
-    training = "training step" if config.train_tower else "training step, features cached"
-    for name, work in ((training, step), ("emotion and explanation", answer)):
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        rows.append([name, f"{settings.batch / seconds(work, world.device):.1f}", f"{peak_memory(world.device):.2f}"])
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    rows += [["", "", ""], ["checkpoint on disk, MB", f"{size / 1e6:.1f}", ""]]
-    return aligned(rows) + f"\n{world.device}, {world.precision} ({world.why}), torch {torch.__version__}"
+
+def evaluation_folder(options: argparse.Namespace) -> Path:
+    """Named, or made up; it is written at the end, at once."""
+    data = Path(options.labels or options.data).stem
+    folder = Path(options.runs) / (options.name or f"{data}-evaluation-{datetime.now():%Y%m%d-%H%M%S}")
+    if folder.exists():
+        raise UserError(f"{folder} is there already; name another --name")
+    return folder
+
+
+def evaluate_labels(options: argparse.Namespace, world: World) -> None:
+    """How often a saved model is right about the classes of labelled pictures.
+
+    By default it scores the classes' names in place of its emotions, whatever it was trained on; with --map a class is
+    a sum of its emotions.
+    """
+    settings = Settings(**given(options, Settings))
+    world.compute_on(settings.device)
+    folder, labels = evaluation_folder(options), labelled_files(Path(options.labels))
+    classes, model = list(dict.fromkeys(labels.values())), load_model(options.evaluate, "--evaluate")
+    if not options.map:
+        model = adapted(model, emotions=[name.replace("_", " ").lower() for name in classes])
+    members = memberships(options.map, classes, model.text.emotions) if options.map else torch.eye(len(classes))
+    world.compute_in(settings.precision, model.to(world.device).config.width)
+    shares, problems = class_shares(model, list(labels), members, settings, world)
+    if not shares:
+        raise UserError(f"--labels {options.labels}: none of its pictures can be used")
+    if world.leads:
+        facts = {"evaluated": options.evaluate, "labels": options.labels, "map": options.map, **world.environment()}
+        results = right_or_wrong(labels, shares) | {"unusable_pictures": problems} | facts
+        lines = [{"image": file, "class": labels[file], "probabilities": dict(zip(classes, each, strict=True))}
+                 for file, each in shares.items()]
+
+        def fill(new: Path) -> None:
+            write_text(new / "labels.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(new / "report.html", results_page(folder.name, [], label_rows(results), classes,
+                                                         results["confusion"], facts))
+            write_json(new / "results.json", results)
+        written = make_folder(folder, fill, numbered=not options.name)
+        print(aligned(label_rows(results)))
+        print(f"{len(problems):,} pictures cannot be used\nreport: {written / 'report.html'}")
+    world.wait()
 
 
 @torch.no_grad()
-def flops(work: Callable) -> float:
-    """GFLOP, counted operator by operator; a multiplication and an addition are two."""
-    from torch.utils.flop_counter import FlopCounterMode  # a tenth of a second that only this needs
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # whose products the counter sees
-        work()
-    return counter.get_total_flops() / 1e9
+def class_shares(model: SEVLM, files: Sequence[str], members: Tensor, settings: Settings, world: World
+                 ) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Each usable picture's probabilities of the classes, and why the others cannot be used."""
+    mine, shares, problems = files[world.rank::world.size], {}, {}
+    decoded = torch.utils.data.DataLoader(PictureFiles(mine, model.config), settings.batch, collate_fn=list,
+                                          num_workers=workers_of(settings, world))
+    for start, pictures in zip(itertools.count(0, settings.batch), decoded):
+        found = dict(zip(mine[start:], pictures))
+        problems |= {file: why for file, why in found.items() if isinstance(why, str)}
+        usable = [file for file in found if file not in problems]
+        if usable:
+            pixels = torch.stack([found[file] for file in usable]).to(world.device)
+            with world.autocast():
+                log_probs = emotion_log_probs(model, model.encode_image(pixels))
+            shares |= dict(zip(usable, (log_probs.float().exp().cpu() @ members.T).tolist(), strict=True))
+    return dict(sorted(world.merge(shares).items())), world.merge(problems)
 
 
-def seconds(work: Callable, device: torch.device, rounds: int = 3) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[rounds // 2]
+# 9. One step
+
+def one_step(options: argparse.Namespace) -> None:
+    """The first step of the toy's training, on a world of a few paintings."""
+    world = World()
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan.of(argparse.Namespace(**vars(options) | dict(data_root=folder, toy_paintings=30)))
+        settings, art = plan.settings, plan.art()
+        world.compute_on(settings.device)
+        model = plan.model(art).to(world.device).train()
+        world.compute_in(settings.precision, model.config.width)
+        pictures = open_pictures(art, model, settings, world)
+        examples = examples_of(art, model, load_captions(art, model), pictures, settings)
+        batch = examples.epoch(0, settings.batch)[0]
+    learner, total = Learner(model, settings, world), settings.epochs * math.ceil(len(examples) / settings.batch)
+    before = losses_of(model, batch, world)
+    learner.backward([batch])
+    norms = learner.gradient_norms()
+    learner.update(pace(0, total, settings.warmup))
+    after = losses_of(model, batch, world)
+    titles = {"language": "language (4.1)", "vad": "VAD (Eq. 5)", "contrastive": "contrastive (Eq. 7)",
+              "total": "all (Eq. 8)"}
+    losses = [["", "weight", "before the step", "after it"]]
+    losses += [[titles[name], f"{model.weight(name):g}" if name != "total" else "", f"{loss:.4f}", f"{after[name]:.4f}"]
+               for name, loss in before.items()]
+    groups = [["weights", "how many", "norm of the gradient", "learning rate"]]
+    groups += [[group["name"], f"{sum(p.numel() for p in group['params']):,}", f"{norms[group['name']]:.4f}",
+                f"{group['lr']:.2e}"] for group in learner.optimizer.param_groups]
+    print(f"The first step of the toy's training: {len(batch.paintings)} paintings with two sentences each, "
+          f"on {world.device} in {world.precision}.\n\n{aligned(losses)}\n\n{aligned(groups)}")
 
 
-def evaluate_again(options: argparse.Namespace) -> None:
-    """Score a saved model, ours or the authors', on the test split of --data; writes a folder of its own."""
-    run, plan = find_run(options), Plan.of(options)
-    world = World(plan.settings)
-    model = load_model(options.evaluate, options.clip, options.lexicon).to(world.device)
-    art = plan.art()
-    results = test(run, model, open_pictures(art, model, plan.settings, world), Judge(art), world, plan.settings)
-    model.about |= {"evaluated": options.evaluate}
-    if is_leader():
-        run.write_json("config.json", {"sevlm": asdict(model.config), "about": model.about})
-        run.write_json("results.json", results)
-        write_report(run, art)
-        Terminal(False).finish(run, results)
+@torch.no_grad()
+def losses_of(model: SEVLM, batch: Batch, world: World) -> dict[str, float]:
+    """Without dropout, so that two calls can be compared."""
+    model.eval()
+    batch = batch.to(world.device)
+    with world.autocast():
+        losses = model(batch.pictures, **batch.inputs).losses
+    model.train()
+    return {name: float(losses[name]) for name in (*MAIN_LOSSES, "total") if name in losses}
 
 
 def main() -> None:
     options = parser().parse_args()
+    varied = {"study": varied_by(options.study)} if options.study else {}
+    refuse_nonsense(named_flags(parser(), options), NEEDS, GOES_WITH, NOT_WITH | varied)
+    if options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}; it must be at least 1")
+    if options.one_step:
+        return one_step(options)
+    world, again = World(), ""
     try:
-        if options.profile:
-            print(profile(Plan.of(options)))
-        elif options.evaluate:
-            evaluate_again(options)
-        elif options.study:
-            study(options)
+        if options.evaluate:
+            (evaluate_labels if options.labels else evaluate_again)(options, world)
         else:
-            run = find_run(options)
-            train(run, run.plan(given_flags(options)) if options.resume else Plan.of(options))
-    except Interrupted:
-        raise UserError("stopped; the same command with --resume goes on") from None
+            run, plan = go_on(options, world) if options.resume else begin(options, world)
+            again = f"--resume --name {run.folder.name} "
+            with run.lock():
+                (study if plan.values["study"] else train)(run, plan, world)
+        world.leave()
+    except Interrupted as stopped:
+        raise UserError(f"{stopped}; {again}goes on") from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory: {again}--accumulate 2, or twice what it was, computes the same in half of "
+                        "it") from None
 
 
 if __name__ == "__main__":

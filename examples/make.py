@@ -14,10 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import PROTOTYPES, load_pixels, paint
-from sample import COLOURS, SCALES, Wish, answer, likely, mean_vad
-from sevlm import EMOTIONS, load, save
-from vad import run_program
+from sample import Wish, answer, likely, mean_vad
+from sevlm import load, load_pixels, save
+from support.pages import colours
+from support.program import run_program
+from toy.painter import PROTOTYPES, paint
 
 HERE = Path(__file__).parent
 SCENES = [("contentment", "boat", "blue", 8), ("fear", "figure", "black", 3), ("excitement", "flowers", "orange", 5),
@@ -26,8 +27,8 @@ SCENES = [("contentment", "boat", "blue", 8), ("fear", "figure", "black", 3), ("
 
 def paint_examples() -> None:
     for emotion, subject, palette, seed in SCENES:
-        mood = PROTOTYPES[EMOTIONS.index(emotion)]
-        paint(mood, subject, palette, np.random.default_rng(seed), side=384).save(HERE / f"{emotion}-{subject}.png")
+        picture = paint(np.array(PROTOTYPES[emotion]), subject, palette, np.random.default_rng(seed), side=384)
+        picture.save(HERE / f"{emotion}-{subject}.png")
 
 
 def draw_answers(records: list[dict], side: int = 300, gap: int = 26) -> Image.Image:
@@ -37,18 +38,19 @@ def draw_answers(records: list[dict], side: int = 300, gap: int = 26) -> Image.I
     sheet = Image.new("RGB", (3 * side + 4 * gap, 2 * height + 3 * gap), "#fbfaf7")
     draw = ImageDraw.Draw(sheet)
     for place, record in enumerate(records):
+        colour = colours(record["probabilities"])
         x, y = gap + place % 3 * (side + gap), gap + place // 3 * (height + gap)
         draw.rounded_rectangle((x - 1, y - 1, x + side, y + height), 10, "#ffffff", "#e3e0d8")
         sheet.paste(Image.open(HERE / record["image"]).resize((side, side), Image.Resampling.LANCZOS), (x, y))
-        draw.text((x + 14, y + side + 10), record["emotion"], COLOURS[record["emotion"]], bold)
+        draw.text((x + 14, y + side + 10), record["emotion"], colour[record["emotion"]], bold)
         reason = textwrap.fill("because " + record["explanation"], 31)
         draw.multiline_text((x + 14, y + side + 38), reason, "#24241f", font, spacing=4)
         for line, (emotion, share) in enumerate(likely(record["probabilities"], 3)):
             top = y + side + 112 + 20 * line
             draw.text((x + 14, top), emotion, "#6b6b66", small)
-            draw.rounded_rectangle((x + 120, top + 5, x + 120 + 2 + 120 * share, top + 12), 3, COLOURS[emotion])
+            draw.rounded_rectangle((x + 120, top + 5, x + 120 + 2 + 120 * share, top + 12), 3, colour[emotion])
             draw.text((x + side - 14, top), f"{share:.0%}", "#6b6b66", small, anchor="ra")
-        vad = "   ".join(f"{name} {value:+.2f}" for name, value in zip(SCALES, mean_vad(record) or (), strict=False))
+        vad = "   ".join(f"{name} {value:+.2f}" for name, value in mean_vad(record).items())
         draw.text((x + 14, y + height - 20), vad, "#6b6b66", ImageFont.load_default(11))
     return sheet
 

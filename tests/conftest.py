@@ -4,17 +4,20 @@ What each file guards:
   test_vad.py              lexicon formats and errors, lemmas, word-so-far VAD, emotion encoder, VAD loss
   test_official.py         the model against numbers from the authors' code (fixture)
   test_transformers.py     tower and decoder against `transformers`, at full size
-  test_model.py            losses, decoding, caches, beams, emotion distribution against slow and obvious versions
-  test_weights.py          loading and saving: every naming, every kind of broken file
+  test_model.py            losses, generation, caches, beams, emotion distribution against slow and obvious versions
+  test_weights.py          loading and saving: every naming, every kind of broken file, the authors' release
   test_protocol.py         splits, votes, file names, cleaning, ACC, EA against ArtEmis's and the authors' code (fixture)
-  test_data.py             bad rows and pictures, captions, epochs and negatives, stores, the toy world
+  test_data.py             bad rows and pictures, own data, captions, epochs and negatives, stores, the toy world
   test_metrics_fixture.py  tokens and scores against the COCO caption evaluation (fixture)
   test_metrics.py          every score's edge cases, significance, EA's classifier, files and their errors
-  test_train.py            learning, resuming after kills, several processes, refusals, studies, the report
-  test_sample.py           answers, terminal, heatmaps, pages and server, in a real browser where there is one
-  test_readme.py           the README's commands, flags and files
+  test_train.py            learning, stopping at every write, several processes and nodes, refusals, studies, reports
+  test_memory.py           the memory that a training step needs, counted
+  test_sample.py           answers, terminal, heatmaps, pages, in a real browser where there is one
+  test_server.py           hostile requests, uploads, pages
+  test_readme.py           the README's commands, snippet, flags and files; imports run downward
+  test_related_*.py, test_emovlm_kd.py, test_figure8.py, test_table1.py   the systems of related/ (fixtures)
 
-Programs beside them: bench.py measures speed and memory.
+Programs beside them: bench.py measures speed and memory, lemmas_against_wordnet.py how often lemmas are WordNet's.
 """
 import json
 import os
@@ -25,7 +28,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data import Art, load_art
-from sevlm import EMOTIONS, SEVLM, Config, read_tokenizer
+from sevlm import EMOTIONS, SEVLM, Config, initialise
+from support.files import read_tokenizer
+from vad import OUR_LEXICON, read_lexicon
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -78,7 +83,7 @@ def full_size_tokenizer_json(tokenizer_json) -> str:
 @pytest.fixture(scope="session")
 def paper_model(full_size_tokenizer_json) -> SEVLM:
     """The paper's size with random weights."""
-    return SEVLM(Config(), Tokenizer.from_str(full_size_tokenizer_json)).eval()
+    return initialise(SEVLM(Config(), Tokenizer.from_str(full_size_tokenizer_json), read_lexicon(OUR_LEXICON))).eval()
 
 
 @pytest.fixture
@@ -88,9 +93,9 @@ def make_model(tokenizer_json):
         torch.manual_seed(0)
         sizes = dict(image_size=16, patch_size=8, tower_width=24, tower_layers=2, tower_heads=2, width=32, layers=2,
                      heads=4, positions=48, length=30)
-        model = SEVLM(Config(**sizes | changes), Tokenizer.from_str(tokenizer_json))
-        for name, parameter in model.named_parameters():  # 0.02 would leave every prediction nearly uniform
-            if "norm" not in name:
+        model = SEVLM(Config(**sizes | changes), Tokenizer.from_str(tokenizer_json), read_lexicon(OUR_LEXICON))
+        for name, parameter in initialise(model).named_parameters():  # 0.02 would leave every prediction nearly uniform
+            if "ln_" not in name:
                 torch.nn.init.normal_(parameter, std=0.25)
         return model.eval()
     return make

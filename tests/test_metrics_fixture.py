@@ -3,14 +3,14 @@
 Another folder of the same format can be named by the environment variable SEVLM_METRICS_FIXTURE.
 """
 import json
-import os
-from pathlib import Path
 
 import pytest
+from conftest import fixture_folder
 
-from metrics import text_scores, tokenize
+from metrics import text_scores, unique_share
+from support.ptb import tokenize
 
-FOLDER = Path(os.environ.get("SEVLM_METRICS_FIXTURE") or Path(__file__).parent / "fixtures" / "metrics")
+FOLDER = fixture_folder("SEVLM_METRICS_FIXTURE", "metrics")
 THEIR_NAMES = {"BLEU-1": "BLEU-1", "BLEU-2": "BLEU-2", "BLEU-3": "BLEU-3", "BLEU-4": "BLEU-4", "CIDEr": "CIDEr",
                "ROUGE-L": "ROUGE_L", "METEOR (exact+stem)": "METEOR_exact_stem"}
 
@@ -32,7 +32,7 @@ def scores(images):
 def test_tokens(images):
     theirs = {image["id"]: [image["hypothesis"], *image["references"]] for image in read("tokenized.json")["images"]}
     different = [(caption, tokenize(caption), expected) for image in images
-                 for caption, expected in zip([image["hypothesis"], *image["references"]], theirs[image["id"]])
+                 for caption, expected in zip([image["hypothesis"], *image["references"]], theirs[image["id"]], strict=True)
                  if tokenize(caption) != expected]
     assert not different
 
@@ -43,3 +43,10 @@ def test_scores(name, images, scores):
     assert scores[name].value == pytest.approx(expected["corpus"][THEIR_NAMES[name]], abs=1e-9, rel=0)
     theirs = [expected["per_image"][image["id"]][THEIR_NAMES[name]] for image in images]
     assert scores[name].per_image.tolist() == pytest.approx(theirs, abs=1e-9, rel=0)
+
+
+def test_unique(images):
+    corpus = read("expected.json")["corpus"]
+    texts = [image["hypothesis"] for image in images]
+    assert unique_share(texts).value == pytest.approx(corpus["unique_raw"], abs=1e-12)
+    assert unique_share([tokenize(text) for text in texts]).value == pytest.approx(corpus["unique_tokenized"], abs=1e-12)

@@ -1,46 +1,50 @@
 """The model against slow and obvious versions of itself: losses, decoding, caches, beams, emotion distribution."""
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import SENTENCES
-from torch.nn import functional as F
+from conftest import ROOT, SENTENCES
 
 from sevlm import (
     EMOTIONS,
     IGNORE,
-    PACKS,
     Config,
     Decoding,
-    Linear,
-    attention,
+    attention_maps,
     beam_search,
     emotion_log_probs,
+    generate,
+    load,
+    match_scores,
+    normalise,
     nucleus,
-    still_writing,
-    write,
 )
-from vad import UserError
+from support.program import UserError
 
 MODES = [dict(), dict(two_way_emotions=True), dict(vad_input=False, vad_head=False, contrastive_head=False),
          dict(emotion_encoder=False), dict(fixed_boundary=True, vad_on_emotion=True, two_way_emotions=True)]
 
 
-def step_by_step(model, patches, ids):
+@pytest.fixture
+def features():
+    """Of three pictures."""
+    return torch.randn(3, 4, 24, generator=torch.Generator().manual_seed(1))
+
+
+def step_by_step(model, features, ids):
     """Next-token logits (V,) of one sentence on one picture, reading all of it from scratch."""
-    ids, text = torch.tensor([ids]), model.text
-    starts = [row.index(text.because) if text.because in row else 99 for row in ids.tolist()]
-    segments = text.segments(torch.tensor(starts), ids.shape[1])
-    rows = model.word_vad(ids) if model.config.uses_vad else None
-    return model.decoder.logits(model(patches, ids, segments, rows).hidden[0, -1])
+    return model.decoder.logits(model(features, **model.inputs(torch.tensor([ids]))).hidden[0, -1])
 
 
 @torch.no_grad()
-def slow_write(model, patches, opening, length, choose):
+def slow_generate(model, features, opening, length, choose):
     """Finish one sentence without caches; `choose` is given logits and position."""
     ids, total = list(opening), 0.0
     while len(ids) < length:
-        logits = step_by_step(model, patches, ids)
+        logits = step_by_step(model, features, ids)
         ids.append(choose(logits, len(ids)))
         total += logits.log_softmax(0)[ids[-1]].item()
         if ids[-1] in model.text.special:
@@ -59,77 +63,53 @@ def batch(make_model):
 
 
 @pytest.mark.parametrize("changes", MODES)
-def test_cached_greedy_decoding_equals_uncached(make_model, images, changes):
+def test_cached_greedy_decoding_equals_uncached(make_model, features, changes):
     model = make_model(**changes)
     openings = [model.text.prompt, model.text.opening("something else"), model.text.opening("awe")]  # ragged
-    written = write(model, images, openings)
+    found = generate(model, features, openings)
     for i, opening in enumerate(openings):
-        ids, total = slow_write(model, model.see(images[i:i + 1]), opening, 30, lambda logits, _: logits.argmax().item())
-        assert written.ids[i].tolist() == ids
-        assert written.log_probs[i].item() == pytest.approx(total, abs=1e-3)
+        ids, total = slow_generate(model, features[i:i + 1], opening, 30, lambda logits, _: logits.argmax().item())
+        assert found.ids[i].tolist() == ids
+        assert found.log_probs[i].item() == pytest.approx(total, abs=1e-3)
 
 
 @pytest.mark.parametrize("changes", MODES)
-def test_cached_samples_equal_uncached(make_model, images, changes):
+def test_cached_samples_equal_uncached(make_model, features, changes):
     """Five samples for each picture, some of which end early, drawn by the same uniform numbers."""
     model = make_model(**changes)
     openings = [model.text.opening("fear"), model.text.prompt, model.text.opening("something else")]
-    written = write(model, images, openings, samples=5, top_p=0.9, temperature=0.8, seeds=[4, 5, 6])
+    found = generate(model, features, openings, samples=5, top_p=0.9, temperature=0.8, seeds=[31, 32, 33])
     for i, opening in enumerate(openings):
-        uniform = torch.rand(5, 30, generator=torch.Generator().manual_seed(4 + i))
+        uniform = torch.rand(5, 30, generator=torch.Generator().manual_seed(31 + i))
         for j in range(5):
-            ids, total = slow_write(model, model.see(images[i:i + 1]), opening, 30, lambda logits, place, j=j, uniform=uniform:
+            ids, total = slow_generate(model, features[i:i + 1], opening, 30, lambda logits, place, j=j, uniform=uniform:
                                     nucleus(logits[None], 0.9, 0.8, uniform[None, j, place])[0].item())
-            assert written.ids[5 * i + j].tolist() == ids
-            assert written.log_probs[5 * i + j].item() == pytest.approx(total, abs=1e-3)
-    lengths = (written.ids != model.text.pad).sum(1)
+            assert found.ids[5 * i + j].tolist() == ids
+            assert found.log_probs[5 * i + j].item() == pytest.approx(total, abs=1e-3)
+    lengths = (found.ids != model.text.pad).sum(1)
     assert lengths.min() < lengths.max(), "no sentence ended early: the test has lost its point"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", MODES[:2])
-def test_cached_logits_equal_uncached(make_model, images, changes):
+def test_cached_logits_equal_uncached(make_model, features, changes):
     model = make_model(**changes)
-    patches, ids = model.see(images), torch.randint(5, 400, (3, 20), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(5, 400, (3, 20), generator=torch.Generator().manual_seed(2))
     ids[:, 7] = model.text.because
-    decoding = Decoding(model, patches, ids[:, :4])
+    decoding = Decoding(model, features, ids[:, :4], 20)
     for place in range(4, 20):
         logits = decoding.logits()
         for i in range(3):
-            assert torch.allclose(logits[i], step_by_step(model, patches[i:i + 1], ids[i, :place].tolist()), atol=1e-4)
+            assert torch.allclose(logits[i], step_by_step(model, features[i:i + 1], ids[i, :place].tolist()), atol=1e-4)
         decoding.append(ids[:, place])
 
 
-def test_a_picture_answers_alike_alone_and_in_company(make_model, images):
+def test_a_picture_answers_alike_alone_and_in_company(make_model, features):
     model = make_model()
-    together = write(model, images, samples=2, top_p=0.9, seeds=7).ids
-    alone = [write(model, images[i:i + 1], samples=2, top_p=0.9, seeds=7).ids for i in range(3)]
+    together = generate(model, features, samples=2, top_p=0.9, seeds=7).ids
+    alone = [generate(model, features[i:i + 1], samples=2, top_p=0.9, seeds=7).ids for i in range(3)]
     assert torch.equal(together, torch.cat(alone))
-    assert not torch.equal(together, write(model, images, samples=2, top_p=0.9, seeds=8).ids)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_weight_follows_its_weight(bias):
-    layer, x = Linear(768, 512, bias=bias), torch.randn(3, 5, 768)
-
-    def agrees():
-        return torch.allclose(layer(x), F.linear(x, layer.weight, layer.bias), atol=1e-3)
-    assert agrees() and hasattr(layer.weight, "packed") == PACKS
-    layer.weight.mul_(-2)  # as an optimizer does
-    assert agrees()
-    layer.load_state_dict({name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()})
-    assert agrees()
-    layer.weight.data = torch.randn(512, 768)  # as moving to a device and back does
-    assert agrees()
-
-
-def test_still_writing_keeps_pictures_together():
-    done = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 0, 0]], dtype=torch.bool)
-    rows, kept = still_writing(done)
-    assert kept.tolist() == [0, 2]
-    assert set(rows[:2].tolist()) >= {0} and set(rows[2:].tolist()) == {7, 8}
-    assert all(row // 3 == 0 for row in rows[:2].tolist())
+    assert not torch.equal(together, generate(model, features, samples=2, top_p=0.9, seeds=8).ids)
 
 
 def test_nucleus_draws_from_the_smallest_sufficient_set():
@@ -151,22 +131,22 @@ def test_nucleus_draws_as_after_sorting_everything(sharpness):
         assert drawn == order[row, int((parts < uniform[row]).sum())]
 
 
-def test_beam_search_finds_what_exhaustive_search_finds(make_model, images):
+def test_beam_search_finds_what_exhaustive_search_finds(make_model, features):
     """With as many beams as there are sentences nothing is cut off; two tokens after the opening."""
     model = make_model()
     opening, V = model.text.opening("awe"), model.text.size
     length = len(opening) + 2
-    found = beam_search(model, images[:2], [opening] * 2, beams=3, length=length)
-    wide = beam_search(model, images[:2], [opening] * 2, beams=V, length=length)
+    found = beam_search(model, features[:2], [opening] * 2, beams=3, length=length)
+    wide = beam_search(model, features[:2], [opening] * 2, beams=V, length=length)
     for i in range(2):
-        patches, scores = model.see(images[i:i + 1]), {}
-        first = step_by_step(model, patches, opening).log_softmax(0)
+        picture, scores = features[i:i + 1], {}
+        first = step_by_step(model, picture, opening).log_softmax(0)
         for a in range(V):
             if a in model.text.special:
                 scores[a, model.text.pad] = first[a].item()
         for a in first.topk(40).indices.tolist():
             if a not in model.text.special:
-                second = step_by_step(model, patches, [*opening, a]).log_softmax(0)
+                second = step_by_step(model, picture, [*opening, a]).log_softmax(0)
                 scores |= {(a, b): (first[a] + second[b]).item() for b in range(V)}
         best = max(scores, key=lambda pair: scores[pair] / (1 if pair[0] in model.text.special else 2))
         assert tuple(wide.ids[i * V, -2:].tolist()) == best
@@ -174,41 +154,41 @@ def test_beam_search_finds_what_exhaustive_search_finds(make_model, images):
         assert found.log_probs[3 * i] <= wide.log_probs[i * V] + 1e-4
 
 
-def test_one_beam_is_greedy_and_openings_may_differ(make_model, images):
+def test_one_beam_is_greedy_and_openings_may_differ(make_model, features):
     model = make_model()
     openings = [model.text.prompt, model.text.opening("something else"), model.text.opening("awe")]
-    greedy, beam = write(model, images, openings), beam_search(model, images, openings, beams=1)
+    greedy, beam = generate(model, features, openings), beam_search(model, features, openings, beams=1)
     assert torch.equal(greedy.ids, beam.ids)
     assert torch.allclose(greedy.log_probs, beam.log_probs, atol=1e-3)
-    three = beam_search(model, images, openings, beams=3)
+    three = beam_search(model, features, openings, beams=3)
     for i, opening in enumerate(openings):
         assert three.ids[3 * i, :len(opening)].tolist() == opening
-        alone = beam_search(model, images[i:i + 1], [opening], beams=3)
+        alone = beam_search(model, features[i:i + 1], [opening], beams=3)
         assert torch.equal(alone.ids, three.ids[3 * i:3 * i + 3])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", MODES)
-def test_emotion_distribution_equals_brute_force(make_model, images, changes):
+def test_emotion_distribution_equals_brute_force(make_model, features, changes):
     model = make_model(**changes)
     assert {len(name) for name in model.text.names} != {1}, "all names are one token: the test has lost its point"
-    ours = emotion_log_probs(model, images)
-    for i in range(len(images)):
-        patches, scores = model.see(images[i:i + 1]), []
+    ours = emotion_log_probs(model, features)
+    for i in range(len(features)):
+        picture, scores = features[i:i + 1], []
         for emotion in EMOTIONS:
             ids, score = list(model.text.prompt), 0.0
             for token in model.text.tokens(" " + emotion):
-                score += step_by_step(model, patches, ids).log_softmax(0)[token].item()
+                score += step_by_step(model, picture, ids).log_softmax(0)[token].item()
                 ids.append(token)
             scores.append(score)
         assert torch.allclose(ours[i], torch.tensor(scores).log_softmax(0), atol=1e-4)
 
 
 @torch.no_grad()
-def test_sharing_keys_and_values_changes_nothing(make_model, images, batch):
+def test_sharing_keys_and_values_changes_nothing(make_model, features, batch):
     model = make_model()
-    data, patches = batch(model), model.see(images)
-    shared, apart = model(patches, **data), model(patches.repeat_interleave(2, 0), **data)
+    data = batch(model)
+    shared, apart = model(features, **data), model(features.repeat_interleave(2, 0), **data)
     assert torch.allclose(shared.hidden, apart.hidden, atol=1e-5)
     for name, loss in shared.losses.items():
         assert torch.allclose(loss, apart.losses[name], atol=1e-5), name
@@ -216,22 +196,22 @@ def test_sharing_keys_and_values_changes_nothing(make_model, images, batch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [dict(), dict(wrong_image=False), dict(fixed_boundary=True, padding_in_means=True)])
-def test_losses_equal_a_slow_version(make_model, images, batch, changes):
+def test_losses_equal_a_slow_version(make_model, features, batch, changes):
     model = make_model(**changes)
     data, text, config = batch(model), model.text, model.config
-    output, patches = model(images, **data), model.see(images)
+    output = model(features, **data)
     language, vad, contrastive = [], [], []
     parts = []
     for n, ids in enumerate(data["ids"].tolist()):
         because = 6 if config.fixed_boundary else ids.index(text.because)
         end = 30 if config.padding_in_means else next((i for i in range(1, 30) if ids[i] == text.pad), 30)
-        hidden, words = output.hidden[n], data["rows"][n]
-        parts.append((patches[n // 2].mean(0), hidden[:because].mean(0), hidden[because:end].mean(0)))
+        hidden, words = output.hidden[n], data["vad"][n]
+        parts.append((features[n // 2].mean(0), hidden[:because].mean(0), hidden[because:end].mean(0)))
         for t in range(29):
             if ids[t + 1] != text.pad:
                 language.append(-model.decoder.logits(hidden[t]).log_softmax(0)[ids[t + 1]].item())
-            if t + 1 >= because and words[t + 1] > 0:
-                vad.append(((model.vad_head(hidden[t]) - model.word_vad.values[words[t + 1]]) ** 2).mean().item())
+            if t + 1 >= because and words[t + 1].any():
+                vad.append(((model.vad_head(hidden[t]) - words[t + 1]) ** 2).mean().item())
     for n, (image, m, x) in enumerate(parts):
         rivals = [x, parts[n ^ 1][2]] + ([parts[(n + 2) % 6][2]] if config.wrong_image else [])
         scores = [math.exp(model.contrastive_head(torch.cat([image, m, rival])).item()) for rival in rivals]
@@ -245,74 +225,74 @@ def test_losses_equal_a_slow_version(make_model, images, batch, changes):
 
 
 @torch.no_grad()
-def test_a_missing_negative_does_not_count(make_model, images, batch):
+def test_a_missing_negative_does_not_count(make_model, features, batch):
     model = make_model()
     data = batch(model)
     both, none = dict(data), dict(data, wrong_emotion=torch.full((6,), -1), wrong_image=torch.full((6,), -1))
-    assert model(images, **none).losses["contrastive"].item() == 0
+    assert model(features, **none).losses["contrastive"].item() == 0
     one = dict(data, wrong_emotion=torch.full((6,), -1))
     without = make_model(wrong_emotion=False)
     without.load_state_dict(model.state_dict())
-    assert torch.allclose(model(images, **one).losses["contrastive"], without(images, **both).losses["contrastive"])
+    assert torch.allclose(model(features, **one).losses["contrastive"], without(features, **both).losses["contrastive"])
 
 
 @torch.no_grad()
-def test_a_token_changes_nothing_before_it(make_model, images, batch):
+def test_a_token_changes_nothing_before_it(make_model, features, batch):
     model = make_model()
     data = batch(model)
-    before = model(images, **data)
+    before = model(features, **data)
     for t in range(1, 30):
         changed = data["ids"].clone()
         changed[:, t] = torch.tensor(model.text.tokens(" gloomy")[-1])
-        after = model(images, changed, data["segments"], model.word_vad(changed))
+        after = model(features, changed, data["segments"], model.vad(changed))
         assert torch.allclose(before.hidden[:, :t], after.hidden[:, :t], atol=1e-5)
         assert torch.allclose(before.emotion_features[:, :t], after.emotion_features[:, :t], atol=1e-6)
-        assert torch.equal(data["rows"][:, :t], model.word_vad(changed)[:, :t])
+        assert torch.equal(data["vad"][:, :t], model.vad(changed)[:, :t])
     leaky = make_model(two_way_emotions=True)
     changed[:, 10] = model.text.tokens(" sea")[0]
-    features = [leaky(images, ids, data["segments"], leaky.word_vad(ids)).emotion_features for ids in (data["ids"], changed)]
-    assert not torch.allclose(features[0][:, :10], features[1][:, :10]), "both ways must leak, as in the authors' code"
+    first, second = (leaky(features, ids, data["segments"], leaky.vad(ids)).emotion_features
+                     for ids in (data["ids"], changed))
+    assert not torch.allclose(first[:, :10], second[:, :10]), "both ways must leak, as in the authors' code"
 
 
 @torch.no_grad()
-def test_padding_does_not_matter(make_model, images, batch):
-    """A sentence's hidden states and match are the same however much padding follows, both ways too."""
-    for changes in MODES[:2]:
-        model = make_model(**changes)
-        data = batch(model)
-        long = {name: torch.cat([data[name], torch.full((6, 5), fill)], 1) for name, fill in
-                (("ids", model.text.pad), ("segments", model.text.explanation), ("rows", 0))}
-        short_output, long_output = model(images, **{name: data[name] for name in long}), model(images, **long)
-        real = data["ids"] != model.text.pad
-        assert torch.allclose(short_output.hidden[real], long_output.hidden[:, :30][real], atol=1e-5)
-        assert torch.allclose(short_output.match, long_output.match, atol=1e-5)
+def test_padding_does_not_matter(make_model, features, batch):
+    """A sentence's hidden states and match are the same however much padding follows."""
+    model = make_model()
+    data = batch(model)
+    longer = torch.cat([data["ids"], torch.full((6, 5), model.text.pad)], 1)
+    short, long = model(features, **model.inputs(data["ids"])), model(features, **model.inputs(longer))
+    real = data["ids"] != model.text.pad
+    assert torch.allclose(short.hidden[real], long.hidden[:, :30][real], atol=1e-5)
+    assert torch.allclose(short.match, long.match, atol=1e-5)
 
 
 @torch.no_grad()
-def test_attention_is_the_softmax_that_the_model_used(make_model, images):
-    model = make_model()
-    written = write(model, images, samples=2, top_p=0.9)
-    looks = attention(model, images, written.ids)
-    assert looks.shape == (6, 30, 4)
-    assert torch.allclose(looks[:, 1:].sum(2), torch.ones(6, 29)) and looks[:, 0].abs().max() == 0
-    layers = torch.stack([attention(model, images, written.ids, layer) for layer in range(2)])
-    assert torch.allclose(layers.mean(0), looks)
-    block, patches = model.decoder.blocks[0], model.see(images)
-    embedded, _ = model.read(written.ids, torch.where((written.ids == model.text.because).cumsum(1) > 0,
-                                                      model.text.explanation, model.text.emotion),
-                             model.word_vad(written.ids))
-    x = embedded + block.self_attention(block.norm_self(embedded))
-    query = block.cross_attention.query(block.norm_cross(x))[3, 8].view(4, 8)  # picture 1's second, token 9
-    key = block.cross_attention.key_value(patches[1])[:, :32].view(4, 4, 8)
-    by_hand = torch.stack([(key[:, head] @ query[head] / 8 ** 0.5).softmax(0) for head in range(4)]).mean(0)
-    assert torch.allclose(layers[0][3, 9], by_hand, atol=1e-5)
+def test_attention_maps_are_the_softmax_that_the_model_used(make_model, features):
+    model = make_model(layers=1)
+    found = generate(model, features, samples=2, top_p=0.9)
+    maps = attention_maps(model, features, found.ids)
+    assert maps.shape == (6, 30, 4)
+    assert torch.allclose(maps[:, 1:].sum(2), torch.ones(6, 29)) and maps[:, 0].abs().max() == 0
+    block = model.decoder.blocks[0]
+    embedded, _ = model.embed(**model.inputs(found.ids))
+    x = embedded + block.attn(block.ln_1(embedded))
+    query = block.cross_attn.q_attn(block.ln_cross(x))[3, 8].view(4, 8)  # picture 1's second, token 9
+    key, value = block.cross_attn.c_attn(features[1]).view(4, 2, 4, 8).unbind(1)
+    weights = [(key[:, head] @ query[head] / 8 ** 0.5).softmax(0) for head in range(4)]
+    assert torch.allclose(maps[3, 9], torch.stack(weights).mean(0), atol=1e-5)
+    attended = torch.cat([weights[head] @ value[:, head] for head in range(4)])
+    ours = block.cross_attn(block.ln_cross(x), block.cross_attn.keys_values(features))[3, 8]
+    assert torch.allclose(ours, block.cross_attn.c_proj(attended), atol=1e-4)
 
 
-def test_score_ranks_by_the_contrastive_head(make_model, images):
+def test_score_ranks_by_the_contrastive_head(make_model, features):
     model = make_model()
-    scores = model.score(images, ["awe"] * 6, SENTENCES)
-    alone = torch.cat([model.score(images[i // 2:i // 2 + 1], ["awe"], [SENTENCES[i]]) for i in range(6)])
+    scores = model.score(features, ["awe"] * 6, SENTENCES)
+    alone = torch.cat([model.score(features[i // 2:i // 2 + 1], ["awe"], [SENTENCES[i]]) for i in range(6)])
     assert torch.allclose(scores, alone, atol=1e-5)
+    ids = model.sentence(["awe"] * 6, SENTENCES)["ids"]
+    assert torch.equal(match_scores(model, features, ids), scores)
 
 
 def test_the_frozen_tower_has_no_gradient(make_model, images, batch):
@@ -323,38 +303,91 @@ def test_the_frozen_tower_has_no_gradient(make_model, images, batch):
         assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("tower"))
 
 
+@torch.no_grad()
+def test_pixels_are_normalised_once(make_model):
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    for theirs, mean in ((False, 0.48145466), (True, 0.485)):
+        model = make_model(authors_pixels=theirs)
+        deviation = 0.229 if theirs else 0.26862954
+        assert torch.allclose(normalise(pixels, model.config)[:, 0], (pixels[:, 0] / 255 - mean) / deviation)
+        assert torch.equal(model.encode_image(pixels), model.encode_image(normalise(pixels, model.config)))
+
+
 @pytest.mark.parametrize("part, absent", [
     (dict(vad_input=False, vad_head=False), "fusion|emotion_encoder|vad_head|word_vad"), (dict(vad_head=False), "vad_head"),
     (dict(contrastive_head=False), "contrastive_head"), (dict(emotion_encoder=False), "emotion_encoder")])
-def test_parts_switched_off_leave_no_weights(make_model, images, batch, part, absent):
+def test_parts_switched_off_leave_no_weights(make_model, features, batch, part, absent):
     model = make_model(**part)
     assert not any(name.startswith(tuple(absent.split("|"))) for name in model.state_dict())
-    losses = model(images, **batch(model)).losses
+    losses = model(features, **batch(model)).losses
     assert ("vad" in losses) == model.config.vad_head and ("contrastive" in losses) == model.config.contrastive_head
 
 
 def test_text_round_trip(make_model):
     text = make_model().text
-    ids, starts = text.encode(["something else", "awe"], ["the man's face is blue-grey", "of it"], 30)
-    assert text.decode(ids[0].tolist()) == "the emotion is something else because the man's face is blue-grey"
-    assert ids[1, starts[1]] == text.because and text.decode(ids[1].tolist()) == "the emotion is awe because of it"
+    ids = text.encode(["something else", "awe"], ["the man's face is blue-grey because", "of it"], 30)
+    starts = [row.index(text.because) for row in ids.tolist()]
+    assert starts == [len(text.opening(emotion)) - 1 for emotion in ("something else", "awe")]
+    assert [row.index(text.explanation) for row in text.segments(ids).tolist()] == starts
+    assert text.decode(ids[0].tolist()) == "the emotion is something else because the man's face is blue-grey because"
+    assert text.decode(ids[1].tolist()) == "the emotion is awe because of it"
     labels = text.labels(ids)
     assert labels[:, 0].tolist() == [IGNORE] * 2 and ((labels == IGNORE) == (ids == text.pad))[:, 1:].all()
 
 
+def test_emotions_of_ones_own_with_names_that_begin_alike(make_model, features):
+    """What the model says of "joy" and of "joy of life" adds up to what it says of "joy"."""
+    own = ("joy", "joy of life", "quiet grief")
+    model = make_model(emotions=own)
+    text, ours = model.text, emotion_log_probs(model, features)
+    assert ours.shape == (3, 3) and torch.allclose(ours.exp().sum(1), torch.ones(3))
+
+    def spoken(picture, tokens):
+        ids, score = list(text.prompt), 0.0
+        for token in tokens:
+            score += step_by_step(model, features[picture:picture + 1], ids).log_softmax(0)[token].item()
+            ids.append(token)
+        return score
+    for picture in range(3):
+        scores = [spoken(picture, name + [text.because] * (name == text.names[0])) for name in text.names]
+        assert torch.allclose(ours[picture], torch.tensor(scores).log_softmax(0), atol=1e-4)
+    found = generate(model, features, [text.opening(name) for name in own])
+    assert [text.decode(row).split(" because")[0] for row in found.ids.tolist()] == [f"the emotion is {name}" for name in own]
+
+
+def test_the_way_through_figure_4_shows_the_models_numbers():
+    """`python sevlm.py` prints what the model computes."""
+    sentence = "awe because the light is holy"
+    command = [sys.executable, "sevlm.py", "examples/awe-moon.png", sentence]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert max(map(len, shown.splitlines())) <= 100
+    from sevlm import load_pixels
+    model = load(ROOT / "examples" / "toy")
+    pixels = load_pixels(ROOT / "examples" / "awe-moon.png", model.config)[None]
+    other, its_own = re.search('and "(.*) because (.*)"', shown).groups()
+    data = model.sentence(["awe", other], ["the light is holy", its_own])
+    with torch.no_grad():
+        output = model(pixels, **data, labels=model.text.labels(data["ids"]), wrong_emotion=torch.tensor([1, 0]))
+    for name, loss in output.losses.items():
+        assert re.search(rf"{name} loss.* {loss:.3f}\b", shown), name
+    last = len(model.text.opening("awe")) + 3  # "holy" in the toy's tokens
+    assert " ".join(f"{number:+.3f}" for number in output.hidden[0, last, :3].tolist()) in shown
+
+
 @pytest.mark.parametrize("call, message", [
-    (lambda m, x: m(x, torch.full((3, 5), m.text.size), torch.zeros(3, 5, dtype=int), torch.zeros(3, 5, dtype=int)), "token ids"),
-    (lambda m, x: m(x[..., :8], **m.sentence(["awe"], ["calm"])), r"images must be \(B, 3, 16, 16\), not \(3, 3, 16, 8\)"),
-    (lambda m, x: m(x[:0], **m.sentence(["awe"], ["calm"])), "the batch is empty"),
+    (lambda m, x: m(x, torch.full((3, 5), m.text.size), *[torch.zeros(3, 5, dtype=int)] * 2), "token ids"),
+    (lambda m, x: m.encode_image(torch.zeros(3, 3, 16, 8)), r"images must be \(B, 3, 16, 16\), not \(3, 3, 16, 8\)"),
+    (lambda m, x: m(x[:0], **m.sentence(["awe"], ["calm"])), "1 sentences do not divide among 0 pictures"),
     (lambda m, x: m(x, **m.sentence(["awe"], ["calm"])), "1 sentences do not divide among 3 pictures"),
-    (lambda m, x: m(x, *[torch.zeros(3, 49, dtype=int)] * 3), "49 tokens are beyond the position table's 48 rows"),
-    (lambda m, x: write(m, x, length=49), "position table of 48 rows"),
-    (lambda m, x: write(m, x, [m.text.prompt]), "1 openings for 3 pictures"),
+    (lambda m, x: m(x, *[torch.zeros(3, 49, dtype=int)] * 2, torch.zeros(3, 49, 3)), "beyond the position table's 48 rows"),
+    (lambda m, x: generate(m, x, length=49), "position table of 48 rows"),
+    (lambda m, x: generate(m, x, [m.text.prompt]), "1 openings for 3 pictures"),
     (lambda m, x: m.text.opening("joy"), "unknown emotion 'joy'; the emotions are amusement, awe"),
-    (lambda m, x: Config(length=2000), "length 2000 is beyond the position table's 1024 rows"),
+    (lambda m, x: Config(length=2000), "--length 2000 is beyond the position table's --positions 1024"),
     (lambda m, x: Config(wrong_emotion=False, wrong_image=False), "needs a negative"),
-    (lambda m, x: Config(image_size=225), "image_size 225 is no multiple of patch_size 16"),
+    (lambda m, x: Config(image_size=225), "--image-size 225 is no multiple of --patch-size 16"),
+    (lambda m, x: Config(emotions=["awe"]), "2 to 40 different emotions, not 1"),
 ])
-def test_bad_input_is_named(make_model, images, call, message):
+def test_bad_input_is_named(make_model, features, call, message):
     with pytest.raises((ValueError, UserError), match=message):
-        call(make_model(), images)
+        call(make_model(), features)

@@ -1,14 +1,13 @@
-"""The README's commands and its map of files, so that they cannot rot."""
+"""The README's commands, its snippet and its map of files, so that they cannot rot."""
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"python (\w+(?:/\w+)?\.py)((?: [^\n`#]*)?)", README)
+COMMANDS = re.findall(r"python (-m related\.\w+|\w+(?:/\w+)?\.py)((?: [^\n`#]*)?)", README)
 
 
 def test_the_two_commands_are_there():
@@ -19,8 +18,14 @@ def test_the_two_commands_are_there():
 @pytest.mark.parametrize("program", sorted({program for program, _ in COMMANDS}))
 def test_every_flag_of_the_readme_exists(program):
     flags = {flag for name, rest in COMMANDS if name == program for flag in re.findall(r"--[a-z0-9-]+", rest)}
-    known = subprocess.run([sys.executable, program, "--help"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    assert flags <= set(re.findall(r"--[a-z0-9-]+", known)), program
+    told = subprocess.run([sys.executable, *program.split(), "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert flags <= set(re.findall(r"--[a-z0-9-]+", told.stdout)), program
+
+
+def test_the_snippet_runs():
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    told = subprocess.run([sys.executable, "-c", snippet], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.match(r"the emotion is [a-z ]+ because \w+", told) and "tensor([" in told
 
 
 def test_files_and_links_of_the_readme_exist():
@@ -35,6 +40,16 @@ def test_functions_of_the_equation_table_exist():
         source = (ROOT / file).read_text(encoding="utf-8")
         for part in name.split("."):
             assert re.search(rf"(def|class) {part}\b|self\.{part}\b", source), (file, name)
+
+
+def test_imports_run_downward():
+    """support, toy -> vad -> sevlm -> data -> metrics, sample -> train -> related."""
+    floor = dict(support=0, toy=1, vad=2, sevlm=3, data=4, metrics=5, sample=5, train=6, related=7)
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            if room in floor and name in floor and name != room:
+                assert floor[name] < floor[room], f"{path} imports {name}"
 
 
 def test_it_is_not_too_long():

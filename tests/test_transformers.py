@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from sevlm import SEVLM
+from sevlm import from_public
+from vad import OUR_LEXICON, read_lexicon
 
 transformers = pytest.importorskip("transformers")
 
@@ -17,7 +18,7 @@ def reference(tmp_path_factory, full_size_tokenizer_json):
     tower.save_pretrained(folder / "clip")
     decoder.save_pretrained(folder / "gpt2")
     (folder / "gpt2" / "tokenizer.json").write_text(full_size_tokenizer_json)
-    return tower, decoder, SEVLM.from_public(clip=folder / "clip", gpt2=folder / "gpt2").eval()
+    return tower, decoder, from_public(clip=folder / "clip", gpt2=folder / "gpt2", lexicon=read_lexicon(OUR_LEXICON))
 
 
 @torch.no_grad()
@@ -26,16 +27,16 @@ def test_tower(reference):
     images = torch.randn(2, 3, 224, 224)
     inner = getattr(tower, "vision_model", tower)
     theirs = inner.post_layernorm(tower(images).last_hidden_state[:, 1:])
-    assert (ours.see(images) - theirs).abs().max() < 1e-4
+    assert (ours.encode_image(images) - theirs).abs().max() < 1e-4
 
 
 @torch.no_grad()
 def test_decoder(reference):
     _, decoder, ours = reference
-    patches, ids = torch.randn(2, 196, 768), torch.randint(0, 50257, (4, 30))
+    features, ids = torch.randn(2, 196, 768), torch.randint(0, 50257, (4, 30))
     segments = torch.randint(0, 50257, (4, 30))
-    theirs = decoder(ids, token_type_ids=segments, encoder_hidden_states=patches.repeat_interleave(2, 0)).logits
-    hidden = ours.decoder(ours.decoder.embed(ids, segments), ours.decoder.keys_values(patches))
+    theirs = decoder(ids, token_type_ids=segments, encoder_hidden_states=features.repeat_interleave(2, 0)).logits
+    hidden = ours.decoder(ours.decoder.embed(ids, segments), ours.decoder.keys_values(features))
     assert (ours.decoder.logits(hidden)[..., :50257] - theirs).abs().max() < 1e-4
 
 
