@@ -1,0 +1,64 @@
+"""NLX-GPT in two stages, as the paper compares itself with it (5.2): our baseline, GPT-2 on CLIP's patches without VAD
+and without the contrastive head, is not asked for an emotion but told what a classifier says, and explains that.
+
+    python -m related.emotion_classifier --data toy
+    python train.py --name baseline --no-vad-input --no-vad-head --no-contrastive-head
+    python -m related.nlx_gpt --data toy --emotions runs/toy-emotions --weights runs/baseline
+
+Nothing is trained here. What the baseline itself makes of the same pictures stands in its own report.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Art
+from related.captions import Captioner, Captioning, program, stored_features
+from related.training import Machine, parameters_of
+from sevlm import SEVLM, generate, load_model
+from support.program import progress, run_program
+from support.run import Run
+from support.settings import option
+
+
+@dataclass
+class Settings(Captioning):
+    features: str = option("clip", "what the baseline attends to: clip, its own tower's patches", choices=("clip",))
+    weights: str = option("runs/baseline", "the baseline: a run, a model folder, or a hub id")
+    decoding: str = option("greedy", "greedy, or nucleus: words at random, the unlikeliest left out",
+                           choices=("greedy", "nucleus"))
+    top_p: float = option(0.9, "the nucleus (5.1)", above=0, most=1)
+
+
+def reasons(model: SEVLM, features: Tensor, emotions: Sequence[str], top_p: float = 0.0, seeds: Sequence[int] | int = 0
+            ) -> list[str]:
+    """An explanation of each picture's emotion; nucleus 0 is greedy decoding."""
+    openings = [model.text.opening(emotion) for emotion in emotions]
+    sentences = generate(model, features, openings, top_p=top_p, seeds=seeds)
+    return [model.text.reason(ids) for ids in sentences.ids.tolist()]
+
+
+def learn(run: Run, art: Art, settings: Settings, machine: Machine) -> Captioner:
+    model = load_model(settings.weights).to(machine.device)
+    pictures, top_p = stored_features(art, settings, machine), settings.top_p * (settings.decoding == "nucleus")
+
+    @torch.no_grad()
+    def explain(paintings: np.ndarray, emotions: np.ndarray) -> list[str]:
+        said = []
+        for part in progress(np.array_split(np.arange(len(paintings)), 1 + len(paintings) // 64), "sentences"):
+            features, names = pictures.of(paintings[part], machine.device), [art.emotions[e] for e in emotions[part]]
+            with machine.autocast():
+                said += reasons(model, features.float(), names, top_p, (settings.seed + paintings[part]).tolist())
+        return said
+
+    return Captioner(pictures, explain, parameters_of(model) - parameters_of(model.tower), epochs=0)
+
+
+def main() -> None:
+    program("nlx_gpt", "NLX-GPT in two stages", Settings, {}, learn)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,387 @@
+"""Show, Attend and Tell and the emotion classifier against numbers that ArtEmis's own code made.
+
+SEVLM_SAT_FIXTURE names another folder of the same format.
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+torchvision = pytest.importorskip("torchvision")
+from related import emotion_classifier
+from related import show_attend_tell as sat
+from related.captions import Vocabulary
+from related.emotion_classifier import (
+    EmotionClassifier,
+    accuracies,
+    divergence,
+    head,
+    load_trunk,
+    normalise,
+    pixels_of,
+    read_logits,
+    shares,
+    squash,
+    trunk,
+)
+from related.training import best_epoch, finished, fit, opened
+from support.files import load_checked, read_tensors, renamed
+from support.program import UserError
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = Path(os.environ.get("SEVLM_SAT_FIXTURE") or Path(__file__).parent / "fixtures" / "show_attend_tell")
+META = json.loads((FIXTURE / "meta.json").read_text())
+TENSORS = read_tensors(FIXTURE / "expected.safetensors")
+SPEAKER_NAMES = [(r"^decoder\.", ""), (r"^word_embedding", "embedding"), (r"^auxiliary_net\.0", "emotion"),
+                 (r"^decode_step", "cell"), (r"^attention\.encoder_att", "key"), (r"^attention\.decoder_att", "query"),
+                 (r"^attention\.full_att", "attention"), (r"^init_([hc])", r"start_\1"), (r"^f_beta", "gate"),
+                 (r"^next_word", "output")]
+CLASSIFIER_NAMES = [(r"^img_encoder\.resnet", "trunk"), (r"^clf_head\.net", "head")]
+MODELS = tuple(META["models"])
+
+
+@pytest.fixture(autouse=True)
+def without_gradients(request):
+    with torch.set_grad_enabled("step" in request.node.name):
+        yield
+
+
+def close(ours, theirs, absolute=1e-5, relative=0.0):
+    torch.testing.assert_close(torch.as_tensor(ours), torch.as_tensor(theirs), atol=absolute, rtol=relative,
+                               check_dtype=False)
+
+
+def under(prefix):
+    return {key[len(prefix):]: tensor.clone() for key, tensor in TENSORS.items() if key.startswith(prefix)}
+
+
+class Case:
+    """One of the fixture's models as ours, and what is put into it."""
+
+    def __init__(self, name):
+        self.name, self.meta, sizes, self.given = name, META["models"][name], META["models"][name]["sizes"], under(f"{name}.")
+        self.speaker = sat.Speaker(sizes["vocabulary"], sizes["channels"], sizes["emotions"], sizes["embedding"], sizes["hidden"],
+                                   sizes["attention"], sizes["emotion_features"], self.meta["dropout"]).eval()
+        load_checked(self.speaker, renamed(under(f"{name}.weights."), SPEAKER_NAMES), name)
+        self.vocabulary, self.grid = Vocabulary(self.meta["vocabulary"]), sizes["grid"]
+        self.pixels = pixels_of(self.given["trunk_map"], sizes["pool_to"])
+        self.tokens, self.emotion = self.given["tokens"], self.given.get("emotion")
+        self.hidden = sizes["hidden"]
+
+    def scene(self, rows=slice(None)):
+        return self.speaker.scene(self.pixels[rows], None if self.emotion is None else self.emotion[rows])
+
+    def teach(self, rows=slice(None)):
+        return sat.teach(self.speaker, self.scene(rows), self.tokens[rows])
+
+    def compare(self, lesson, prefix=""):
+        logits = self.given[f"{prefix}logits"]
+        close(lesson.logits, logits[lesson.spoken])
+        close(lesson.alphas * lesson.spoken[:, :, None], self.given[f"{prefix}alphas"])
+        assert not logits[~lesson.spoken].any()
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    return Case(request.param)
+
+
+def test_words_rows_and_output_bias(case):
+    meta, vocabulary = case.meta, sat.vocabulary_of(case.meta["texts"], case.meta["min_count"])
+    assert list(vocabulary.words) == meta["vocabulary"] and vocabulary.index.get("and", sat.UNKNOWN) == meta["and_id"]
+    assert sat.rows_of(meta["extra_texts"], vocabulary, meta["max_len"]).tolist() == meta["extra_rows"]
+    rows = sat.rows_of(meta["texts"], vocabulary, meta["max_len"])
+    assert rows.tolist() == meta["rows"]
+    close(sat.output_bias(rows, len(vocabulary)), case.given["token_bias"])
+    close(sat.output_bias(rows[:meta["part"]], len(vocabulary)), case.given["token_bias_part"])
+    assert sat.lengths_of(case.tokens).tolist() == case.given["lengths"].tolist()
+
+
+def test_teacher_forcing(case):
+    close(case.pixels.unflatten(1, (case.grid, -1)), case.given["feature_map"])
+    case.compare(case.teach())
+    batch, total, count = case.meta["nll_two_batches"]["batch"], 0.0, 0
+    for start in range(0, len(case.tokens), batch):
+        lesson = case.teach(slice(start, start + batch))
+        total, count = total - float(sat.log_probs(lesson).sum()), count + len(lesson.targets)
+    close(total / count, case.meta["nll_two_batches"]["value"])
+
+
+def test_one_training_step(case):
+    meta, lesson = case.meta["training_step"], case.teach()
+    cross_entropy, attention = F.cross_entropy(lesson.logits, lesson.targets), meta["alpha_c"] * sat.attention_loss(lesson)
+    close(cross_entropy, meta["cross_entropy"])
+    close(attention, meta["attention_term"])
+    meant = case.given["lengths"] / case.pixels.shape[1]  # theirs was a whole number, which changes no gradient
+    close(attention + meta["alpha_c"] * (meant - meant.floor()).square().mean(), meta["attention_term_as_run"])
+    optimizer = torch.optim.Adam(case.speaker.parameters(), meta["learning_rate"])
+    (cross_entropy + attention).backward()
+    ours = {name: float(weight.grad.norm()) for name, weight in case.speaker.named_parameters()}
+    theirs = renamed({name: torch.tensor(norm) for name, norm in meta["grad_norms"].items()}, SPEAKER_NAMES)
+    assert ours.keys() == theirs.keys()
+    for name, norm in ours.items():
+        close(norm, theirs[name], 1e-6, 1e-4)
+    close(torch.nn.utils.clip_grad_norm_(case.speaker.parameters(), meta["grad_clip"]), meta["grad_norm"], 1e-6, 1e-4)
+    close(torch.nn.utils.get_total_norm([weight.grad for weight in case.speaker.parameters()]), meta["grad_norm_clipped"], 1e-6, 1e-4)
+    optimizer.step()
+    after, weights = renamed(under(f"{case.name}.after_step."), SPEAKER_NAMES), case.speaker.state_dict()
+    assert after
+    for name, tensor in after.items():
+        close(weights[name], tensor, 2e-5)
+
+
+class Masks(torch.nn.Module):
+    """Dropout with the fixture's masks of h instead of its own, one for each step."""
+
+    def __init__(self, keep, rate):
+        super().__init__()
+        self.left, self.rate = iter(keep.unbind(1)), rate
+
+    def forward(self, h):
+        return h * next(self.left) / (1 - self.rate)
+
+
+def test_dropout_thins_what_the_next_word_starts_from(case):
+    case.speaker.dropout = Masks(case.given["dropout.keep"], case.meta["dropout"])
+    case.compare(case.teach(), "dropout.")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "perplexity" in META["models"][name]])
+def test_log_probabilities_and_perplexity(name):
+    case = Case(name)
+    lesson = case.teach()
+    for i, temperature in enumerate(case.meta["log_prob_temperatures"]):
+        logs = sat.log_probs(lesson, temperature)
+        close(F.pad(logs, (0, case.given[f"log_probs.{i}"].shape[1] - logs.shape[1])), case.given[f"log_probs.{i}"])
+    bits = sat.log_probs(lesson).sum() / math.log(2)
+    close(2 ** -(bits / len(lesson.targets)), case.meta["perplexity"], 1e-4)
+
+
+class Follow:
+    """Says what the original drew, and notes with which probabilities we would have drawn."""
+
+    def __init__(self, words, k):
+        self.words, self.k, self.probabilities = iter(words.T), k, []
+
+    def __call__(self, logits):
+        self.probabilities.append(sat.likeliest(logits, self.k).softmax(1))
+        return next(self.words)
+
+
+def test_sampled_sentences(case):
+    for i, run in enumerate(case.meta["sampled"]):
+        given, rows = {key: case.given.get(f"sampled.{i}.{key}") for key in ("raw_tokens", "tokens", "step_logits", "attention", "probabilities")}, run["rows"]
+        choose = sat.greedy if run["rule"] == "argmax" else Follow(given["raw_tokens"], run.get("topk") or 0)
+        said = sat.sample(case.speaker, case.scene(rows), run["max_len"], choose,
+                          run["temperature"], run["drop_unk"], run["drop_bigrams"], slip=True)
+        assert said.raw.tolist() == given["raw_tokens"].tolist() and said.tokens.tolist() == given["tokens"].tolist()
+        assert [case.vocabulary.text(ids, sat.SILENT) for ids in said.tokens.tolist()] == run["strings"]
+        close(said.logits, given["step_logits"])
+        close(said.alphas[:, 1:].unflatten(2, (case.grid, -1)), given["attention"])
+        if given["probabilities"] is not None:
+            close(torch.stack(choose.probabilities, 1), given["probabilities"])
+
+
+def test_without_the_slip_a_row_says_what_it_says_alone(case):
+    rows = range(len(case.tokens))
+    together = sat.sample(case.speaker, case.scene(), 9).tokens
+    assert together.tolist() == [sat.sample(case.speaker, case.scene([row]), 9).tokens[0].tolist() for row in rows]
+
+
+def test_beam_search(case):
+    for i, run in enumerate(case.meta["beam"]):
+        for j, row in enumerate(run["rows"]):
+            found = sat.beam_search(case.speaker, case.scene([row]), run["beam"], run["temperature"], run["max_iter"],
+                                    run["drop_unk"], run["drop_bigrams"], case.meta["and_id"])
+            assert [hypothesis.tokens for hypothesis in found] == run["tokens"][j]
+            close([hypothesis.score for hypothesis in found], torch.tensor(run["scores"][j]), 1e-4)
+            if found:
+                close(found[0].alphas.unflatten(1, (case.grid, -1)), case.given[f"beam.{i}.alphas.{row}"])
+            if run.get("strings"):
+                assert case.vocabulary.text(found[0].tokens, sat.SILENT) == run["strings"][j]
+
+
+@pytest.mark.parametrize("schedule", META["schedules"])
+def test_rates_and_the_epoch_that_is_kept(schedule):
+    losses, rates = [], {"encoder": [], "decoder": []}
+    for loss in schedule["validation"]:
+        if not losses or not finished(losses, 50, 5):
+            losses.append(loss)
+            for part, so_far in rates.items():
+                so_far.append(sat.rate_after(losses, schedule[f"{part}_lr_start"]))
+    assert len(losses) == schedule["epochs_run"] and best_epoch(losses) == schedule["best_epoch"]
+    assert [n for n in range(1, len(losses) + 1) if best_epoch(losses[:n]) == n] == schedule["saved_at"]
+    for part, so_far in rates.items():
+        close(so_far, schedule[f"{part}_lr"], 1e-12, 1e-6)
+
+
+@pytest.mark.parametrize("case", META["classifier"]["stopping"])
+def test_when_the_classifier_stops(case):
+    losses = []
+    while len(losses) < len(case["validation"]) and not finished(losses, 25, 5):
+        losses.append(case["validation"][len(losses)])
+    assert (len(losses), best_epoch(losses)) == (case["epochs_run"], case["best_epoch"])
+
+
+@pytest.mark.parametrize("i", range(len(META["images"])))
+def test_pictures(i):
+    about, pixels = META["images"][i], TENSORS[f"image.{i}.pixels"].numpy()
+    image = Image.fromarray(pixels, about["mode"])
+    resample = Image.Resampling.LANCZOS if about["lanczos"] else Image.Resampling.BILINEAR
+    close(normalise(squash(image, about["side"], resample)), TENSORS[f"image.{i}.tensor"])
+
+
+def classifier_head():
+    """The head alone: the fixture's map stands for what the trunk returns."""
+    meta = META["classifier"]
+    module = head(meta["emotions"], meta["channels"], meta["hidden"], meta["dropout"])
+    load_checked(module, under("classifier.weights.clf_head.net."), "classifier")
+    return module
+
+
+def counted(score):
+    """The share of paintings that a rule counts."""
+    return score.statistics[:, 1].mean()
+
+
+def test_classifier_head_loss_and_accuracy():
+    meta, given, module = META["classifier"], under("classifier."), classifier_head().eval()
+    features, targets = pixels_of(given["trunk_map"], 1).squeeze(1), shares(given["votes"])
+    close(features, given["features"])
+    close(targets, given["targets"])
+    logits = module(features)
+    close(logits.log_softmax(1), given["log_probabilities"])
+    close(divergence(logits, targets), meta["kl"])
+    batches = torch.arange(len(features)).split(meta["loader_batch"])
+    close(sum(float(divergence(logits[b], targets[b])) * len(b) for b in batches) / len(features), meta["kl_over_loader"])
+    for name, score in accuracies(logits.argmax(1).numpy(), given["votes"].numpy()).items():
+        rule = meta["rules"][name.replace(" ", "_")]
+        close(score.value, rule["accuracy"])
+        close(counted(score), rule.get("share", counted(score)))
+
+
+def test_classifier_head_in_training():
+    given, module = under("classifier."), classifier_head().train()
+    module[3] = Masks(given["train.keep"][:, None], META["classifier"]["dropout"])
+    logits = module(given["features"])
+    close(logits.log_softmax(1), given["train.log_probabilities"])
+    close(divergence(logits, given["targets"]), META["classifier"]["train_kl"])
+    close(module[1].running_mean, given["train.running_mean_after"])
+    close(module[1].running_var, given["train.running_var_after"])
+
+
+def count(module):
+    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+
+
+def test_full_size_names_and_counts():
+    with torch.device("meta"):
+        classifier, resnet = EmotionClassifier(9), trunk(5)
+        speakers = {"plain": sat.Speaker(14469, emotions=0), "grounded": sat.Speaker(14469)}
+    assert count(classifier) == 13_166_777 and count(classifier.head) == 52_409 and count(resnet) == 21_053_184
+    assert {name: count(speaker) for name, speaker in speakers.items()} == {"plain": 12_951_814, "grounded": 12_970_336}
+    for name, shapes in META.get("full_size_names", {}).items():
+        ours = ({**{f"trunk.{key}": value for key, value in resnet.state_dict().items()}, **speakers[name].state_dict()}
+                if name in speakers else classifier.state_dict())
+        table = [(r"^encoder\.resnet", "trunk"), *SPEAKER_NAMES] if name in speakers else CLASSIFIER_NAMES
+        theirs = renamed({key: torch.empty(shape) for key, shape in shapes.items()}, table)
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_imagenet_weights_go_where_torchvision_has_them(tmp_path):
+    """Also from an old file, which has no num_batches_tracked."""
+    theirs, pixels = torchvision.models.resnet34().eval(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    torch.save({key: tensor for key, tensor in theirs.state_dict().items() if "tracked" not in key}, tmp_path / "resnet.pth")
+    ours = load_trunk(str(tmp_path / "resnet.pth")).eval()
+    expected = torch.nn.Sequential(*list(theirs.children())[:-2])(normalise(pixels))
+    close(ours(normalise(pixels)), expected)
+    torch.save({key: tensor for key, tensor in theirs.state_dict().items() if "layer2.0.conv1" not in key}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="missing: 5.0.conv1.weight"):
+        load_trunk(str(tmp_path / "resnet.pth"))
+    with pytest.raises(UserError, match="--weights nowhere: there is no such file"):
+        load_trunk("nowhere")
+
+
+def test_rules_on_ties():
+    votes = np.array([[2, 2, 0], [3, 1, 0], [1, 2, 1], [1, 1, 1]])
+    found = accuracies(np.array([0, 0, 1, 2]), votes)
+    assert {name: (counted(score), score.value) for name, score in found.items()} == {
+        "more than half": (0.25, 1.0), "at least half": (0.75, 1.0), "unique maximum": (0.5, 1.0)}
+
+
+# Runs
+
+def regression(folder, fail_at=None):
+    """A small training whose every number depends on random ones; `fail_at`: killed in this epoch."""
+    torch.manual_seed(5)
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1)), torch.randn(64, 3)
+    optimizer, loss_of = torch.optim.Adam(model.parameters(), 0.05), lambda: (model(inputs).squeeze(1) - inputs[:, 0]).square().mean()
+
+    def train(losses):
+        for _ in range(4):
+            if len(losses) + 1 == fail_at:
+                raise KeyboardInterrupt
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    with torch.enable_grad(), opened(folder, {"system": "test"}) as run:
+        return fit(run, model, optimizer, train, lambda: loss_of().item(), epochs=6, patience=6), model.state_dict()
+
+
+def test_a_killed_training_ends_like_one_that_was_not(tmp_path):
+    losses, weights = regression(tmp_path / "whole")
+    for epoch in (1, 4):
+        with pytest.raises(KeyboardInterrupt):
+            regression(tmp_path / "killed", epoch)
+    again, restored = regression(tmp_path / "killed")
+    assert losses == again and all(torch.equal(weights[name], restored[name]) for name in weights)
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "killed" / "log.jsonl").read_text()
+    with pytest.raises(UserError, match="begun with system"), opened(tmp_path / "whole", {"system": "other"}):
+        pass
+
+
+def test_predictions_are_read_by_name(tmp_path, toy):
+    path, named = tmp_path / "said.jsonl", dict(zip(reversed(toy.emotions), range(9), strict=True))
+    path.write_text(json.dumps({"image": toy.names[3], "logits": named}) + "\n" + json.dumps({"image": "elsewhere", "logits": named}))
+    logits = read_logits(path, toy)
+    assert logits[3].tolist() == list(range(8, -1, -1)) and np.isnan(np.delete(logits, 3, 0)).all()
+    named = {name: share / 36 for name, share in named.items()}
+    path.write_text(json.dumps({"image": toy.names[3], "probabilities": named}))
+    np.testing.assert_allclose(np.exp(read_logits(path, toy)[3]), np.arange(8, -1, -1) / 36, atol=1e-9)
+    for line, told in ((json.dumps({"image": "elsewhere", "probabilities": named}), "nothing of any picture"),
+                       ('{"image": "x", "probabilities": {"joy": 1}}', "line 1: expected"), ("[[]]", "entry 1: expected"), ("{", "line 1: not JSON")):
+        path.write_text(line)
+        with pytest.raises(UserError, match=told):
+            read_logits(path, toy)
+
+
+def test_the_programs(tmp_path, toy, toy_root, monkeypatch, capsys):
+    """From the toy's pictures to the scores of both stages, on ResNet's maps, on pixels, and on a tower's patches."""
+    def run(main, *flags):
+        monkeypatch.setattr("sys.argv", ["program", "--data-root", str(toy_root), "--toy-paintings", "60", "--epochs", "1", "--precision", "float32", "--side", "32", *map(str, flags)])
+        with torch.enable_grad():
+            main()
+        return capsys.readouterr().out
+
+    assert "more than half" in run(emotion_classifier.main, "--out", tmp_path / "emotions")
+    lines = [json.loads(line) for line in (tmp_path / "emotions" / "predictions.jsonl").read_text().splitlines()]
+    assert {line["split"] for line in lines} == {"train", "val", "test"} and len(lines) == 60
+    assert run(emotion_classifier.main, "--out", tmp_path / "emotions").startswith("ACC")  # finished: shown again
+    for name, flags in (("maps", ["--decoding", "greedy"]), ("pixels", ["--released", "7", "--layers", "8", "--decoding", "sample", "--top-k", "3"]),
+                        ("patches", ["--features", "clip", "--weights", ROOT / "examples" / "toy", "--beams", "2"])):
+        assert "annotated" in run(sat.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / name, *flags)
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert 0 <= results["predicted"]["ACC"] <= results["annotated"]["ACC"] == 1 and results["parameters"] > 0 < results["gflop"]
+        answers = [json.loads(line) for line in (tmp_path / name / "test-predicted.jsonl").read_text().splitlines()]
+        assert [answer["image"] for answer in answers] == [toy.names[p] for p in toy.paintings("test")]
+    with pytest.raises(UserError, match="begun with longest"):
+        run(sat.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / "maps", "--decoding", "greedy", "--longest", "20")
