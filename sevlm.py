@@ -89,6 +89,9 @@ class Config:
 
     def __post_init__(self):
         check(self)
+        if not isinstance(self.emotions, (list, tuple)) or not all(isinstance(one, str) and one.strip() == one != ""
+                                                                   for one in self.emotions):
+            raise UserError(f"emotions is {self.emotions!r}; it must be a list of names")
         self.emotions = tuple(self.emotions)
         if not 2 <= len(set(self.emotions)) == len(self.emotions) <= 40:
             raise UserError(f"a model has 2 to 40 different emotions, not {len(self.emotions)}")

@@ -89,6 +89,7 @@ from support.device import PRECISIONS, peak_memory
 from support.files import is_hub_id, load_checked
 from support.flags import named_flags, refuse_contradiction, refuse_nonsense
 from support.labels import label_rows, labelled_files, memberships, right_or_wrong
+from support.memory import step_memory
 from support.pages import colours, data_uri, escape, page, table
 from support.pictures import BadPicture, open_picture
 from support.program import UserError, aligned, run_program, write_json, write_text
@@ -491,7 +492,7 @@ def train(run: Run, plan: Plan, world: World) -> dict:
     restore(model, learner.optimizer, world.share_tensors(run.tensors()))
     learner.scaler.load_state_dict(at.scaler or learner.scaler.state_dict())  # fp16's alone has a state
     total = settings.epochs * math.ceil(len(examples) / settings.batch)
-    introduce(run, art, model, examples, pictures, world, at, total)
+    introduce(run, art, model, examples, pictures, settings, world, at, total)
     started, meter = time.monotonic() - at.seconds, Meter(at.step, total, settings.batch, "pictures", world.leads)
     model.train()
     with stop_requests(world.say) as asked:
@@ -548,8 +549,8 @@ def fingerprint(model: SEVLM) -> str:
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def introduce(run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Pictures, world: World, at: Position,
-              total: int) -> None:
+def introduce(run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Pictures, settings: Settings,
+              world: World, at: Position, total: int) -> None:
     """What is about to happen, and what the user may not know of the data."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     others = f" and {world.size - 1} more" * (world.size > 1)
@@ -562,7 +563,29 @@ def introduce(run: Run, art: Art, model: SEVLM, examples: Examples, pictures: Pi
         lines.append(f"{len(problems):,} pictures cannot be used, such as {shown}")
     if at.step:
         lines.append(f"resumed at step {at.step:,} of {total:,}")
+    if world.leads:
+        lines.append(memory_needed(model, settings, world))
     world.say("\n".join(lines))
+
+
+def memory_needed(model: SEVLM, settings: Settings, world: World) -> str:
+    """What a step of this process needs where every sentence is of full length, counted before it starts."""
+    config, part = model.config, math.ceil(settings.batch / settings.accumulate / world.size)
+    shape, dtype = (((3, config.image_size, config.image_size), torch.uint8) if config.train_tower else
+                    ((config.patches, config.tower_width), torch.half))
+
+    def gradients(paintings: int) -> None:
+        data = model.sentence(config.emotions[:2] * paintings, ["sea " * config.length] * 2 * paintings)
+        data["labels"], sentence = model.text.labels(data["ids"]), torch.arange(2 * paintings, device=model.device)
+        pictures = torch.zeros(paintings, *shape, dtype=dtype, device=model.device)
+        for _ in range(min(2, settings.accumulate)):  # the second part finds gradients there
+            with world.autocast():
+                output = model(pictures, **data, wrong_emotion=sentence ^ 1, wrong_image=sentence.roll(2))
+                output.losses["total"].backward()
+    try:
+        return f"memory of a step, counted: {step_memory(gradients, model.train())(part) / 1e9:.2f} GB"
+    except (ValueError, torch.OutOfMemoryError):  # the two counts do not line up: no reason not to begin
+        return "memory of a step: it could not be counted"
 
 
 def batches_from(step: int, examples: Examples, settings: Settings, world: World) -> Iterator[tuple[int, list[Batch]]]:

@@ -46,7 +46,8 @@ def scores_of(log_probs: Tensor, votes: Tensor, emotions: Sequence[str]) -> Scor
     probabilities = log_probs.double().softmax(1)
     right = accuracies(probabilities.argmax(1).numpy(), votes.numpy())
     said, felt = ([dict(zip(emotions, one, strict=True)) for one in each.tolist()] for each in (probabilities, votes))
-    return {name: right[rule] for name, rule in RULES.items()} | distribution_scores(said, felt, emotions)
+    accuracy = {name: dataclasses.replace(right[rule], right_or_wrong=True) for name, rule in RULES.items()}
+    return accuracy | distribution_scores(said, felt, emotions)
 
 
 def jointly(how: Callable, one: Scores, other: Scores) -> Scores:

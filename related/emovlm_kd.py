@@ -251,7 +251,7 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
     """Train what is missing, and compare all on the test split."""
     settings, seed = Settings(**given(options, Settings)), given(options, Wish).get("seed", 0)
     art = labelled_pictures(Path(options.labels)) if options.labels else art_of(options)
-    teacher, model = options.teacher or teacher_of(art), load_model(run)
+    teacher, model = options.teacher or teacher_of(art, options.resnet), load_model(run)
     decoder, folder = fingerprint(model), run / FOLDER.format(data=art.name)
     machine = Machine.chosen(options.device, options.precision, model.config.width)
     model = adapted(model, emotions=art.emotions, train_tower=False).to(machine.device)
@@ -279,10 +279,11 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
     return results
 
 
-def teacher_of(art: Art) -> Path:
+def teacher_of(art: Art, resnet: str | None) -> Path:
     """The ResNet's run on this data, trained if there is none."""
     folder = Path("runs") / f"{art.name}-emotions"
-    emotion_classifier.trained(folder, art)
+    settings = emotion_classifier.Settings(**emotion_classifier.preset(art) | {"resnet": resnet}) if resnet else None
+    emotion_classifier.trained(folder, art, settings)
     return folder
 
 
@@ -295,6 +296,8 @@ def main() -> int | None:
     parser.add_argument("--run", type=Path, metavar="RUN", help="of train.py (default: the newest, else examples/toy)")
     parser.add_argument("--teacher", metavar="RUN", help="of related.emotion_classifier, or a file of predictions "
                                                          "(default: runs/DATA-emotions, trained if there is none)")
+    parser.add_argument("--resnet", metavar="SOURCE", help="what a new teacher starts from: ImageNet's weights in a "
+                                                           "file or folder or on the hub, or none")
     parser.add_argument("--as-published", action="store_true", help="also fit a gate as the original's was")
     add_flags(parser, "training the expert", Settings)
     options = parser.parse_args()

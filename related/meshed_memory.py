@@ -359,7 +359,8 @@ def rate(iterations: int, epoch: int, width: int, warmup: int) -> float:
 def train(run: Run, model: MeshedMemory, rows: Tensor, utterances: Utterances, pictures: Pictures,
           validate: Callable[[], float], settings: Settings, machine: Machine) -> int:
     """An example is a row of ids with its annotator's own emotion."""
-    optimizer = torch.optim.Adam([weight for weight in model.parameters() if weight.requires_grad], betas=(0.9, 0.98))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.98), fused=machine.device.type in ("cpu", "cuda"))
     steps = max(1, len(rows) // settings.batch)  # of an epoch; what is left over is dropped
 
     def epoch(losses: list[float]) -> float:
@@ -395,6 +396,7 @@ def validation(art: Art, usable: np.ndarray, explain: Callable[[np.ndarray, np.n
 
 def learn(run: Run, art: Art, settings: Settings, machine: Machine) -> Captioner:
     pictures = stored_features(art, settings, machine)
+    machine = Machine.chosen(settings.device, settings.precision, settings.width)  # M2 may be narrower than a ResNet
     utterances = {split: utterances_of(art, split, pictures.usable) for split in ("train", "val")}
     texts = {split: [spoken(words) for words in one.words] for split, one in utterances.items()}
     vocabulary = vocabulary_of([*texts["train"], *texts["val"]], settings.least)

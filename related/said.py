@@ -82,7 +82,7 @@ def said_of(art: Art, model: SEVLM, decoder: str, features: Store, teacher: str 
         silent = paintings[np.isnan(logits[paintings]).any(1)]
         if len(silent):
             raise UserError(f"{teacher} says nothing of {len(silent):,} {split} pictures, such as "
-                            f"{art.names[silent[0]]}; let it classify them too")
+                            f"{art.names[silent[0]]}; name a teacher of this data with --teacher")
 
         def kept(what: str, width: int, measure: Callable[[Tensor], Tensor], paintings=paintings) -> Tensor:
             stamps = [f"{what} {decoder} {machine.dtype} {mark.tobytes().hex()}" for mark in features.marks]

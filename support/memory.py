@@ -35,6 +35,7 @@ def step_memory(step: Callable[[int], object], model: nn.Module, kept_by_optimiz
 
 
 def gradient_moments(step: Callable[[int], object], items: int, model: nn.Module) -> list[int]:
+    """`live_bytes` of a step without a trace."""
     gpus = {weight.device.index for weight in model.parameters() if weight.is_cuda}
     with torch.random.fork_rng(gpus):
         model.zero_grad()

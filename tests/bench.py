@@ -369,8 +369,8 @@ def table3(bench: Bench, model: SEVLM) -> None:
 def memory_rows(bench: Bench, model: SEVLM) -> list[list[str]]:
     """GB of a training step on a GPU, counted, and measured where there is one.
 
-    Without one, dropout is off: on a CPU it makes attention keep its weights, and a mask takes four bytes a number; a
-    GPU's kernels keep no weights, and all their masks together are less than 1% of a step.
+    Without one, dropout is off: on a CPU it makes attention keep its weights, and its masks are as large as what they
+    mask. A GPU's kernels keep no weights, and their masks, of a byte a number, are about 1% of a step.
     """
     measured = bench.dtypes if bench.device.type == "cuda" else []
     step = partial(full_step, model.train(bool(measured)))

@@ -12,6 +12,8 @@ What each file guards:
   test_metrics.py          every score's edge cases, significance, EA's classifier, files and their errors
   test_train.py            learning, stopping at every write, several processes and nodes, refusals, studies, reports
   test_memory.py           the memory that a training step needs, counted
+  test_hub.py              from a hub to a run and back, over a local server
+  test_wrong_input.py      over 500 things that a user can get wrong, over all programs
   test_sample.py           answers, terminal, heatmaps, pages, in a real browser where there is one
   test_server.py           hostile requests, uploads, pages
   test_readme.py           the README's commands, snippet, flags and files; imports run downward

@@ -37,8 +37,9 @@ def sevlm_step(model: SEVLM, items: int, dtype: torch.dtype) -> None:
 
 
 def allocated(run, folder) -> int:
-    """The most that a call has allocated at once, as the allocator tells the profiler: it knows of no tensors or ops."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """The most that a call has allocated at once, as the allocator itself tells the profiler."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
         run()
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
