@@ -117,15 +117,17 @@ from vad import OUR_LEXICON, Lexicon
 @dataclass
 class Settings:
     """How to train. What the paper leaves out is as in the authors' code."""
-    epochs: int = option(35, "passes over the training paintings, at most (5.1)", least=1)
-    batch: int = option(32, "paintings of a step, over all processes (5.1)", least=1)
-    accumulate: int = option(1, "parts of a step computed one after the other, to save memory", least=1)
+    epochs: int = option(35, "passes over the training paintings, at most (5.1)", least=1, most=10**6)
+    batch: int = option(32, "paintings of a step, over all processes (5.1)", least=1, most=10**6)
+    accumulate: int = option(1, "parts of a step computed one after the other, to save memory", least=1, most=10**6)
     lr: float = option(2e-5, "learning rate of decoder and heads (5.1)", above=0)
     vad_lr: float = option(4e-5, "learning rate of VAD emotion modelling: emotion encoder and fusion (5.1)", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
-    warmup: int = option(0, "steps until the learning rate is reached; it falls to zero linearly from there", least=0)
-    validate_every: int = option(2000, "steps between validations", least=1)
-    patience: int = option(10, "stop after more than so many validations without a better ACC or BLEU-4", least=0)
+    warmup: int = option(0, "steps until the learning rate is reached; it falls to zero linearly from there", least=0,
+                         most=10**9)
+    validate_every: int = option(2000, "steps between validations", least=1, most=10**9)
+    patience: int = option(10, "stop after more than so many validations without a better ACC or BLEU-4", least=0,
+                           most=10**6)
     top_p: float = option(0.9, "nucleus of the final evaluation (5.1)", above=0, most=1)
     seed: int = option(0, "decides initial weights, order, pairs, negatives, dropout and samples", least=0,
                        most=2**32 - 1)

@@ -73,9 +73,12 @@ def score_table(found: Mapping[str, Mapping[str, Mapping]], scores: Sequence[str
         lines.append([name])
         for score, one in ((score, own[score]) for score in scores):
             ends = " .. ".join(display(score, end) for end in one["interval"])
-            chance = f"{one['against']['p']:.4f}" if one["against"] else ""
-            lines[-1] += [display(score, one["value"]), ends, chance]
+            lines[-1] += [display(score, one["value"]), ends, chance(one["against"]["p"]) if one["against"] else ""]
     return aligned(lines)
+
+
+def chance(p: float | None) -> str:
+    return "-" if p is None else f"{p:.4f}"
 
 
 def cost_table(found: Mapping[str, Mapping[str, Mapping]], systems: Mapping[str, Mapping]) -> str:

@@ -10,7 +10,9 @@ computed anyway; and a gate merges what the two say. Here SEVLM is the language 
     4. Answers         those of sample.py, with the gate's emotion
     5. Program
 
-gates.py has the five gates and how they are fitted; said.py, what teacher and decoder say of every picture.
+gates.py has the five gates and how they are fitted; said.py, what teacher and decoder say of every picture. Other than
+in the original, the gate is fitted on pictures that nobody was trained on and knows the decoder's probabilities, not
+one answer that it drew (--as-published shows what that costs); and the sentence follows the gate.
 
     python -m related.emovlm_kd --data toy --run RUN      train what is missing, print the table
     python -m related.emovlm_kd --labels FI --run RUN     the same for FI/{train,val,test}/CLASS/, without sentences
@@ -19,7 +21,9 @@ gates.py has the five gates and how they are fitted; said.py, what teacher and d
 Shapes: B pictures, K patches, d their width, C classes. The order of the classes is the data's, everywhere.
 """
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,13 +37,13 @@ from torch.nn import functional as F
 from data import Art, add_data_options, art_of
 from metrics import evaluate, references_of, text_classifier_of
 from related import emotion_classifier
-from related.comparison import RULES, System, cost, cost_table, jointly, score_table, scores_of, told
+from related.comparison import RULES, System, chance, cost, cost_table, jointly, score_table, scores_of, told
 from related.gates import GATES, Fitted, fit_gate, one_answer, published_gate
 from related.said import Said, explained, labelled_pictures, said_of, stored_features
 from related.training import CONFIG, WEIGHTS, Machine, config_of, finish, fit, load_weights, opened
 from sample import Wish, add_options, find_checkpoint, fingerprint, introduce, respond
 from sevlm import SEVLM, emotion_log_probs, load_model
-from support.program import UserError, read_json, replacing, run_program, write_json
+from support.program import UserError, progress, read_json, replacing, run_program, write_json
 from support.records import without_nan
 from support.scores import how_tested, p_values
 from support.settings import add_flags, check, flag, given, option
@@ -133,7 +137,7 @@ def train_student(folder: Path, said: Mapping[str, Said], settings: Settings, se
 # 3. The table
 
 OF_SENTENCES = ("EA", "EA (>= half)", "BLEU-4", "Unique")
-DECODER, STUDENT = "decoder alone", "student"
+DECODER, STUDENT, PUBLISHED = "decoder alone", "student", "as published"
 
 
 def systems_of(said: Mapping[str, Said], student: Student, gates: Sequence[Fitted], teacher: str | Path, patches: int
@@ -147,7 +151,8 @@ def systems_of(said: Mapping[str, Said], student: Student, gates: Sequence[Fitte
              STUDENT: System(expert, alone), "plain mean": System(mean.log(), alone)}
     for gate in gates:
         both = cost(lambda gate=gate: gate(student(picture), test.decoder[:1]), student, gate.gate)
-        found[gate.name] = System(gate(expert, test.decoder), both, f"reads {gate.form}, {gate.steps} steps")
+        note = "{:.2f} student + {:.2f} decoder, {}, and {} steps".format(*gate.start, gate.form, gate.steps)
+        found[gate.name] = System(gate(expert, test.decoder), both, note)
     return found
 
 
@@ -170,16 +175,17 @@ def published(said: Mapping[str, Said], student: Student, seed: int) -> System:
 
 
 def compared(systems: Mapping[str, System], chosen: str, test: Said, emotions: Sequence[str]) -> dict:
-    """The table in numbers."""
+    """The table in numbers. The chosen gate stands besides against the better of its inputs, and the published gate."""
     scores = {name: scores_of(system.log_probs, test.votes, emotions) for name, system in systems.items()}
     decoder, student = scores[DECODER], scores[STUDENT]
-    exactly_one = jointly(np.not_equal, decoder, student)
     better = max((DECODER, STUDENT), key=lambda name: scores[name]["ACC"].value)
+    against = {name: {"difference": scores[chosen]["ACC"].value - scores[name]["ACC"].value,
+                      "p": p_values(scores[chosen], scores[name]).get("ACC")}
+               for name in (better, PUBLISHED) if name in scores}
     return {"scores": told(scores | {"whichever is right": jointly(np.maximum, decoder, student)}),
             "systems": {name: {"adds": system.adds, "note": system.note} for name, system in systems.items()},
-            "exactly one right": {rule: score.value for rule, score in exactly_one.items()},
-            "chosen": chosen, "its better input": better,
-            "p against it": p_values(scores[chosen], scores[better])["ACC"], "how tested": how_tested(decoder)}
+            "exactly one right": {rule: one.value for rule, one in jointly(np.not_equal, decoder, student).items()},
+            "chosen": chosen, "against": against, "how tested": how_tested(decoder)}
 
 
 def sentences(folder: Path, art: Art, model: SEVLM, features: Store, test: Said, systems: Sequence[System],
@@ -194,10 +200,12 @@ def sentences(folder: Path, art: Art, model: SEVLM, features: Store, test: Said,
 
 def summary(results: Mapping) -> str:
     one = " and ".join(f"{100 * share:.1f}% ({RULES[rule]})" for rule, share in results["exactly one right"].items())
-    found = (f"Of the pictures that count exactly one of decoder and student is right about {one}.\nValidation chose "
-             f"{results['chosen']}. Against the better of its inputs, the {results['its better input']}: "
-             f"p {results['p against it']:.4f} (ACC).")
-    parts = [score_table(results["scores"], list(RULES)), cost_table(results["scores"], results["systems"]), found]
+    found = [f"Of the pictures that count exactly one of decoder and student is right about {one}.",
+             f"Validation chose {results['chosen']}. Its ACC differs from that of"]
+    found += [f"    {name:13} by {100 * gap['difference']:+.2f}, p {chance(gap['p'])}"
+              for name, gap in results["against"].items()]
+    parts = [score_table(results["scores"], list(RULES)), cost_table(results["scores"], results["systems"]),
+             "\n".join(found)]
     if "sentences" in results:
         parts += ["The sentence for the decoder's own emotion, and for the gate's:",
                   score_table(results["sentences"], OF_SENTENCES)]
@@ -209,15 +217,15 @@ def summary(results: Mapping) -> str:
 class Expert:
     """The student and the gate of a folder, for the model with this fingerprint."""
 
-    def __init__(self, folder: Path, decoder: str):
+    def __init__(self, folder: Path, identity: str):
         config = config_of(folder, SYSTEM)
-        if config["decoder"] != decoder:
+        if config["decoder"] != identity:
             raise UserError(f"{folder} is the expert of a model that is no longer there; delete it, and train another")
         self.emotions, classes = config["emotions"], len(config["emotions"])
         self.student, gate = Student(config["width"], classes, config["hidden"]).eval(), GATES[config["gate"]](classes)
         load_weights(self.student, folder / "student")
         load_weights(gate, folder)
-        self.gate = Fitted(config["gate"], config["reads"], config["steps"], config["loss"], gate)
+        self.gate = Fitted(config["gate"], config["reads"], config["start"], config["steps"], config["loss"], gate)
 
     def __call__(self, model: SEVLM, features: Tensor) -> tuple[Tensor, list[str]]:
         """What sample.py asks for: log-probabilities (B, C), and a line about each picture."""
@@ -251,22 +259,23 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
     """Train what is missing, and compare all on the test split."""
     settings, seed = Settings(**given(options, Settings)), given(options, Wish).get("seed", 0)
     art = labelled_pictures(Path(options.labels)) if options.labels else art_of(options)
-    teacher, model = options.teacher or teacher_of(art, options.resnet), load_model(run)
-    decoder, folder = fingerprint(model), run / FOLDER.format(data=art.name)
+    model, folder = load_model(run), run / FOLDER.format(data=art.name)
+    identity, teacher = fingerprint(model), options.teacher or teacher_of(art, options.resnet)
     machine = Machine.chosen(options.device, options.precision, model.config.width)
     model = adapted(model, emotions=art.emotions, train_tower=False).to(machine.device)
     features, problems = stored_features(art, model, machine)
-    said = said_of(art, model, decoder, features, teacher, machine)
-    about = {"data": art.name, "emotions": art.emotions, "decoder": decoder, "width": model.config.tower_width,
+    said = said_of(art, model, identity, features, teacher, machine)
+    about = {"data": art.name, "emotions": art.emotions, "decoder": identity, "width": model.config.tower_width,
              "hidden": WIDTHS[:settings.depth]}
     student = train_student(folder / "student", said, settings, seed, about)
     with torch.no_grad():
         expert = student(said["val"].pooled)
-    gates = [fit_gate(name, expert, said["val"].decoder, said["val"].shares, seed) for name in GATES]
+    gates = [fit_gate(name, expert, said["val"].decoder, said["val"].shares, seed)
+             for name in progress(list(GATES), "gates")]
     best = min(gates, key=lambda gate: gate.loss)
     systems = systems_of(said, student, gates, teacher, model.config.patches)
     if options.as_published:
-        systems["as published"] = published(said, student, seed)
+        systems[PUBLISHED] = published(said, student, seed)
     results = about | compared(systems, best.name, said["test"], art.emotions) | {"unusable pictures": problems}
     if art.texts:
         both = systems[DECODER], systems[best.name]
@@ -274,8 +283,8 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
     with replacing(folder / WEIGHTS) as temporary:
         save_file(best.gate.state_dict(), temporary)
     write_json(folder / "results.json", without_nan(results))
-    write_json(folder / CONFIG, {"system": SYSTEM, **about, "gate": best.name, "reads": best.form, "steps": best.steps,
-                                 "loss": best.loss})
+    write_json(folder / CONFIG, {"system": SYSTEM, **about, "gate": best.name, "reads": best.form, "start": best.start,
+                                 "steps": best.steps, "loss": best.loss})
     return results
 
 
@@ -307,7 +316,8 @@ def main() -> int | None:
     answering = {"out", "html", "heatmap", *given(options, Wish)} - {"seed"}
     if idle := [flag(name) for name in sorted(answering) if getattr(options, name)]:
         raise UserError(f"{', '.join(idle)}: name pictures to answer")
-    results = train_expert(run, options)
+    with contextlib.redirect_stdout(sys.stderr):  # what is said on the way; the result alone can be piped
+        results = train_expert(run, options)
     print(json.dumps(without_nan(results), indent=1) if options.json else summary(results))
     return None
 

@@ -6,6 +6,7 @@
 
 Shapes: B pictures, C classes, M experts. emovlm_kd.py says whose vectors v1 and v2 are.
 """
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class ConcatLinearGate(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> Tensor:
         return self.fc(torch.cat([v1, v2], 1))
 
-    def set_sum(self, a: Tensor, b: Tensor, eye: Tensor) -> None:
+    def set_sum(self, a: float, b: float, eye: Tensor) -> None:
         self.fc.weight.copy_(torch.cat([a * eye, b * eye], 1))
 
 
@@ -42,7 +43,7 @@ class BilinearGate(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> Tensor:
         return self.fc(self.bilinear(v1, v2))
 
-    def set_sum(self, a: Tensor, b: Tensor, eye: Tensor) -> None:
+    def set_sum(self, a: float, b: float, eye: Tensor) -> None:
         self.bilinear.weight.copy_(a * eye[:, :, None] + b * eye[:, None, :])
         self.fc.weight.copy_(eye)
 
@@ -60,7 +61,7 @@ class MoEGate(nn.Module):
         answers = torch.stack([expert(x) for expert in self.experts], 2)  # (B, C, M)
         return (answers * self.gate(x).softmax(1)[:, None]).sum(2)
 
-    def set_sum(self, a: Tensor, b: Tensor, eye: Tensor) -> None:
+    def set_sum(self, a: float, b: float, eye: Tensor) -> None:
         for expert in self.experts:
             expert.weight.copy_(torch.cat([a * eye, b * eye], 1))
         nn.init.normal_(self.gate.weight)  # else all experts would learn the same
@@ -78,8 +79,8 @@ class DynamicWeightingGate(nn.Module):
         weights = self.gate(torch.cat([v1, v2], 1)).softmax(1)  # (B, 2)
         return self.fc(weights[:, :1] * v1 + weights[:, 1:] * v2)
 
-    def set_sum(self, a: Tensor, b: Tensor, eye: Tensor) -> None:
-        self.gate.bias.copy_(torch.stack([a, b]).log())
+    def set_sum(self, a: float, b: float, eye: Tensor) -> None:
+        self.gate.bias.copy_(torch.tensor([a, b]).log())
         self.fc.weight.copy_((a + b) * eye)
 
 
@@ -93,9 +94,9 @@ class CrossGatingGate(nn.Module):
     def forward(self, v1: Tensor, v2: Tensor) -> Tensor:
         return self.fc(self.gate1(v2).sigmoid() * v1 + self.gate2(v1).sigmoid() * v2)
 
-    def set_sum(self, a: Tensor, b: Tensor, eye: Tensor) -> None:
-        self.gate1.bias.fill_((a / b).log())  # whose sigmoid is a / (a + b)
-        self.gate2.bias.fill_((b / a).log())
+    def set_sum(self, a: float, b: float, eye: Tensor) -> None:
+        self.gate1.bias.fill_(math.log(a / b))  # whose sigmoid is a / (a + b)
+        self.gate2.bias.fill_(math.log(b / a))
         self.fc.weight.copy_((a + b) * eye)
 
 
@@ -123,6 +124,7 @@ class Fitted:
     """A gate, and how it was fitted."""
     name: str
     form: str
+    start: tuple[float, float]  # a and b of the sum
     steps: int
     loss: float  # the mean cross-entropy on pictures left out
     gate: nn.Module
@@ -141,8 +143,9 @@ def fit_gate(name: str, expert: Tensor, decoder: Tensor, shares: Tensor, seed: i
         place = fewest_steps(losses)
         found.append((losses[:, place].mean().item(), form, STEPS[place]))
     loss, form, steps = min(found)
-    gate = next(gate for step, gate in stages(name, *inputs(form, expert, decoder), shares, seed) if step == steps)
-    return Fitted(name, form, steps, loss, gate)
+    v1, v2 = inputs(form, expert, decoder)
+    gate = next(gate for step, gate in stages(name, v1, v2, shares, seed) if step == steps)
+    return Fitted(name, form, best_sum(v1, v2, shares), steps, loss, gate)
 
 
 def left_out(name: str, v1: Tensor, v2: Tensor, shares: Tensor, seed: int) -> Tensor:
@@ -169,7 +172,7 @@ def stages(name: str, v1: Tensor, v2: Tensor, shares: Tensor, seed: int) -> Iter
         optimizer.step()
 
 
-def best_sum(v1: Tensor, v2: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+def best_sum(v1: Tensor, v2: Tensor, shares: Tensor) -> tuple[float, float]:
     """a and b, above 0, for which the softmax of a v1 + b v2 describes the votes best."""
     logs = torch.zeros(2, requires_grad=True)
     optimizer = torch.optim.LBFGS([logs], max_iter=50, line_search_fn="strong_wolfe")
@@ -182,11 +185,12 @@ def best_sum(v1: Tensor, v2: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
         return value
 
     optimizer.step(loss)
-    return tuple(logs.detach().exp())
+    a, b = logs.exp().tolist()
+    return a, b
 
 
 @torch.no_grad()
-def sum_gate(name: str, a: Tensor, b: Tensor, classes: int, seed: int) -> nn.Module:
+def sum_gate(name: str, a: float, b: float, classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     gate = GATES[name](classes)
     for parameter in gate.parameters():

@@ -82,8 +82,8 @@ class Settings(Captioning):
             raise UserError(f"--steps {self.steps} is beyond --positions {self.positions}")
 
 
-TOY = dict(side=64, layers=7, width=128, attention_heads=4, key_width=32, value_width=32, slots=10, inner=512, epochs=5,
-           warmup=400)
+TOY = dict(side=64, layers=7, width=128, attention_heads=4, key_width=32, value_width=32, slots=10, inner=512,
+           dropout=0.0, epochs=4, warmup=400)
 
 
 # 2. Attention

@@ -70,9 +70,9 @@ def stored_features(art: Art, model: SEVLM, machine: Machine) -> tuple[Store, di
     return features, {art.names[painting]: why for painting, why in problems.items()}
 
 
-def said_of(art: Art, model: SEVLM, decoder: str, features: Store, teacher: str | Path, machine: Machine
+def said_of(art: Art, model: SEVLM, identity: str, features: Store, teacher: str | Path, machine: Machine
             ) -> dict[str, Said]:
-    """All that students and gates are trained and tested on, by split. `decoder` tells the model from others."""
+    """All that students and gates are trained and tested on, by split. `identity` tells the model from others."""
     logits, found = read_logits(teacher, art), {}
     for split in SPLITS[:3]:
         paintings = art.paintings(split)
@@ -85,8 +85,8 @@ def said_of(art: Art, model: SEVLM, decoder: str, features: Store, teacher: str 
                             f"{art.names[silent[0]]}; name a teacher of this data with --teacher")
 
         def kept(what: str, width: int, measure: Callable[[Tensor], Tensor], paintings=paintings) -> Tensor:
-            stamps = [f"{what} {decoder} {machine.dtype} {mark.tobytes().hex()}" for mark in features.marks]
-            path = art.folder / "cache" / f"{art.name}-{what}-{decoder}.store"
+            stamps = [f"{what} {identity} {machine.dtype} {mark.tobytes().hex()}" for mark in features.marks]
+            path = art.folder / "cache" / f"{art.name}-{what}-{identity}.store"
             store = Store(path, stamps, (width,), np.float32, what)
             complete(store, features, paintings, measure, machine)
             return torch.from_numpy(store.get(paintings))

@@ -1,5 +1,4 @@
 """Other people's weights: found on disk or on the hub, read without running code, every tensor accounted for."""
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,13 +35,14 @@ def find_file(source: str | Path, names: Sequence[str], flag: str) -> Path:
 
 def fetch(repository: str, names: Sequence[str], flag: str) -> Path:
     """The first of `names` that a hub repository has; what has been fetched once needs no network."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(PATIENCE))  # read when the library is imported
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     try:
         for name in names:
             if isinstance(cached := try_to_load_from_cache(repository, name), str):
                 return Path(cached)
+        if not constants.HF_HUB_OFFLINE:
+            knock(constants.ENDPOINT)
         for name in names:
             try:
                 return Path(hf_hub_download(repository, name, etag_timeout=PATIENCE))
@@ -54,6 +54,16 @@ def fetch(repository: str, names: Sequence[str], flag: str) -> Path:
         reason = error
     raise UserError(f"cannot fetch {' or '.join(names)} from {repository}: {first_line(reason)}\nDownload it from "
                     f"https://huggingface.co/{repository} and name its folder with {flag}")
+
+
+def knock(address: str) -> None:
+    """An OSError where nobody answers; the hub's own library would try again for half a minute."""
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=PATIENCE).close()
+    except HTTPError:
+        pass  # an answer
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

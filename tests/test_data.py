@@ -423,10 +423,10 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
 
 
 @pytest.mark.parametrize("source, problem", [
-    (lambda: io.BytesIO(b"no picture at all"), "UnidentifiedImageError"), (lambda: io.BytesIO(b""), "UnidentifiedImageError"),
+    (lambda: io.BytesIO(b"no picture at all"), "no picture, or of another kind than JPEG"), (lambda: io.BytesIO(b""), "no picture, or of another kind than JPEG"),
     (lambda: io.BytesIO(picture(Image.new("RGB", (120, 80), "red"), "JPEG").getvalue()[:500]), "OSError"),
-    (lambda: "/nowhere/x.jpg", "no such file"), (lambda: io.BytesIO(POSTSCRIPT), "UnidentifiedImageError"),
-    (lambda: picture(Image.new("L", (60, 40)), "ICO"), "UnidentifiedImageError"),
+    (lambda: "/nowhere/x.jpg", "no such file"), (lambda: io.BytesIO(POSTSCRIPT), "no picture, or of another kind than JPEG"),
+    (lambda: picture(Image.new("L", (60, 40)), "ICO"), "no picture, or of another kind than JPEG"),
     (lambda: picture(Image.new("1", (8000, 5001))), "8000 x 5001 pixels are too many"),
 ])
 def test_bad_pictures(source, problem):

@@ -911,9 +911,7 @@ def test_a_mistake_ends_with_code_1(tmp_path):
 def test_scoring_on_a_data_set_needs_neither_pictures_nor_a_judge(tmp_path, toy_root, toy, command, monkeypatch):
     """--data: the references and emotions of its split; EA only once --train-ea was asked for."""
     root = tmp_path / "data"
-    shutil.copytree(toy_root, root)
-    for folder in root.rglob("wikiart"):
-        shutil.rmtree(folder)
+    shutil.copytree(toy_root, root, ignore=shutil.ignore_patterns("wikiart", "cache"))
     references = metrics.references_of(toy, "val")
     lines = [{"image": name, "emotion": emotions_of({}, {name: one})[1][0] or "awe", "explanation": one.explanations[0]}
              for name, one in references.items()]

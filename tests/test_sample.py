@@ -370,7 +370,7 @@ def test_the_newest_full_model_speaks_by_default(make_model, tmp_path, monkeypat
     assert sample.find_checkpoint() == Path("runs/new")
 
 
-@pytest.mark.parametrize("precision, told", [("float32", "float32: as asked"), ("bf16", "bf16: as asked"), ("auto", "bf16")])
+@pytest.mark.parametrize("precision, told", [("float32", "float32: as asked"), ("bf16", "bf16: as asked"), ("auto", "float32: narrow layers gain nothing")])
 def test_the_precision_is_told_with_its_reason(ask, pictures, folder, monkeypatch, capsys, precision, told):
     monkeypatch.setattr(sys, "argv", ["sample.py", str(pictures[0]), "--checkpoint", str(folder), "--precision", precision])
     assert sample.main() == 0
