@@ -145,14 +145,14 @@ def systems_of(said: Mapping[str, Said], student: Student, gates: Sequence[Fitte
     """All with their answers on the test split."""
     test, picture = said["test"], torch.rand(1, patches, said["test"].pooled.shape[1])
     with torch.no_grad():
-        expert = student(test.pooled)
-    alone, mean = cost(lambda: student(picture), student), (expert.softmax(1) + test.decoder.exp()) / 2
+        logits = student(test.pooled)
+    alone, mean = cost(lambda: student(picture), student), (logits.softmax(1) + test.decoder.exp()) / 2
     found = {DECODER: System(test.decoder), "teacher": System(test.teacher, cost_of_teacher(teacher)),
-             STUDENT: System(expert, alone), "plain mean": System(mean.log(), alone)}
+             STUDENT: System(logits, alone), "plain mean": System(mean.log(), alone)}
     for gate in gates:
         both = cost(lambda gate=gate: gate(student(picture), test.decoder[:1]), student, gate.gate)
         note = "{:.2f} student + {:.2f} decoder, {}, and {} steps".format(*gate.start, gate.form, gate.steps)
-        found[gate.name] = System(gate(expert, test.decoder), both, note)
+        found[gate.name] = System(gate(logits, test.decoder), both, note)
     return found
 
 
@@ -168,10 +168,10 @@ def cost_of_teacher(teacher: str | Path) -> dict[str, float]:
 def published(said: Mapping[str, Said], student: Student, seed: int) -> System:
     """The default gate, fitted where student and decoder were trained; it knows one answer of the decoder."""
     with torch.no_grad():
-        expert = {split: student(said[split].pooled) for split in ("train", "test")}
-    gate = published_gate(expert["train"], said["train"].decoder, said["train"].votes.argmax(1), seed)
+        logits = {split: student(said[split].pooled) for split in ("train", "test")}
+    gate = published_gate(logits["train"], said["train"].decoder, said["train"].votes.argmax(1), seed)
     with torch.no_grad():
-        return System(gate(expert["test"], one_answer(said["test"].decoder, seed)), note="fitted on the training split")
+        return System(gate(logits["test"], one_answer(said["test"].decoder, seed)), note="fitted on the training split")
 
 
 def compared(systems: Mapping[str, System], chosen: str, test: Said, emotions: Sequence[str]) -> dict:
@@ -231,10 +231,10 @@ class Expert:
         """What sample.py asks for: log-probabilities (B, C), and a line about each picture."""
         decoder, pooled = (x.float().cpu() for x in (emotion_log_probs(model, features), features.float().mean(1)))
         with torch.autocast("cpu", enabled=False):  # a head of float32, as the model's own
-            expert = self.student(pooled)
-            fused = self.gate(expert, decoder)
+            logits = self.student(pooled)
+            fused = self.gate(logits, decoder)
         alone = [[f"{self.emotions[int(one.argmax())]} ({one.max():.0%})" for one in each]
-                 for each in (decoder.exp(), expert.softmax(1))]
+                 for each in (decoder.exp(), logits.softmax(1))]
         return fused, [f"The decoder alone says {one}, the expert {other}." for one, other in zip(*alone, strict=True)]
 
 
@@ -264,13 +264,14 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
     machine = Machine.chosen(options.device, options.precision, model.config.width)
     model = adapted(model, emotions=art.emotions, train_tower=False).to(machine.device)
     features, problems = stored_features(art, model, machine)
-    said = said_of(art, model, identity, features, teacher, machine)
+    asked = ("train", "val", "test") if options.as_published else ("val", "test")
+    said = said_of(art, model, identity, features, teacher, machine, asked)
     about = {"data": art.name, "emotions": art.emotions, "decoder": identity, "width": model.config.tower_width,
              "hidden": WIDTHS[:settings.depth]}
     student = train_student(folder / "student", said, settings, seed, about)
     with torch.no_grad():
-        expert = student(said["val"].pooled)
-    gates = [fit_gate(name, expert, said["val"].decoder, said["val"].shares, seed)
+        logits = student(said["val"].pooled)
+    gates = [fit_gate(name, logits, said["val"].decoder, said["val"].shares, seed)
              for name in progress(list(GATES), "gates")]
     best = min(gates, key=lambda gate: gate.loss)
     systems = systems_of(said, student, gates, teacher, model.config.patches)

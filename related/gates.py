@@ -114,9 +114,9 @@ STEPS = (0, 10, 30, 100, 300)
 FOLDS = 5
 
 
-def inputs(form: str, expert: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
-    """v1 and v2, from the expert's logits and the decoder's log-probabilities."""
-    return (expert, decoder) if form == "logits" else (expert.softmax(1), decoder.exp())
+def inputs(form: str, student: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor]:
+    """v1 and v2, from the student's logits and the decoder's log-probabilities."""
+    return (student, decoder) if form == "logits" else (student.softmax(1), decoder.exp())
 
 
 @dataclass
@@ -130,20 +130,20 @@ class Fitted:
     gate: nn.Module
 
     @torch.no_grad()
-    def __call__(self, expert: Tensor, decoder: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, decoder: Tensor) -> Tensor:
         """Log-probabilities (B, C) of the classes."""
-        return self.gate(*inputs(self.form, expert, decoder)).log_softmax(1)
+        return self.gate(*inputs(self.form, student, decoder)).log_softmax(1)
 
 
-def fit_gate(name: str, expert: Tensor, decoder: Tensor, shares: Tensor, seed: int = 0) -> Fitted:
+def fit_gate(name: str, student: Tensor, decoder: Tensor, shares: Tensor, seed: int = 0) -> Fitted:
     """Fit to shares of votes (B, C), reading the form and taking the steps that do best on pictures left out."""
     found = []
     for form in FORMS:
-        losses = left_out(name, *inputs(form, expert, decoder), shares, seed)
+        losses = left_out(name, *inputs(form, student, decoder), shares, seed)
         place = fewest_steps(losses)
         found.append((losses[:, place].mean().item(), form, STEPS[place]))
     loss, form, steps = min(found)
-    v1, v2 = inputs(form, expert, decoder)
+    v1, v2 = inputs(form, student, decoder)
     gate = next(gate for step, gate in stages(name, v1, v2, shares, seed) if step == steps)
     return Fitted(name, form, best_sum(v1, v2, shares), steps, loss, gate)
 
@@ -214,14 +214,14 @@ def one_answer(decoder: Tensor, seed: int) -> Tensor:
     return F.one_hot(drawn.squeeze(1), decoder.shape[1]).float()
 
 
-def published_gate(expert: Tensor, decoder: Tensor, labels: Tensor, seed: int = 0, epochs: int = 10) -> nn.Module:
+def published_gate(student: Tensor, decoder: Tensor, labels: Tensor, seed: int = 0, epochs: int = 10) -> nn.Module:
     torch.manual_seed(seed)
     gate = ConcatLinearGate(decoder.shape[1])
     optimizer = torch.optim.Adam(gate.parameters(), 1e-4, weight_decay=1e-4)
     for epoch in range(epochs):
         answers = one_answer(decoder, seed + epoch)
         for picture in progress(torch.randperm(len(labels)).split(1), f"the published gate, epoch {epoch + 1}"):
-            loss = F.cross_entropy(gate(expert[picture], answers[picture]), labels[picture])
+            loss = F.cross_entropy(gate(student[picture], answers[picture]), labels[picture])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -41,8 +41,10 @@ def reasons(model: SEVLM, features: Tensor, emotions: Sequence[str], top_p: floa
 
 
 def learn(run: Run, art: Art, settings: Settings, machine: Machine) -> Captioner:
-    model = load_model(settings.weights).to(machine.device)
-    pictures, top_p = stored_features(art, settings, machine), settings.top_p * (settings.decoding == "nucleus")
+    model, pictures = load_model(settings.weights), stored_features(art, settings, machine)
+    machine = Machine.chosen(settings.device, settings.precision, model.config.width)  # as it was trained
+    model.to(machine.device)
+    top_p = settings.top_p if settings.decoding == "nucleus" else 0.0
 
     @torch.no_grad()
     def explain(paintings: np.ndarray, emotions: np.ndarray) -> list[str]:

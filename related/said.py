@@ -3,7 +3,7 @@
 Shapes: B pictures, K patches, d their width, C classes, always in the data's order.
 """
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Said:
     votes: Tensor  # (B, C)
     pooled: Tensor  # (B, d) mean patch features
     teacher: Tensor  # (B, C) logits
-    decoder: Tensor  # (B, C) log-probabilities
+    decoder: Tensor | None  # (B, C) log-probabilities, if it was asked
 
     @property
     def shares(self) -> Tensor:
@@ -55,7 +55,7 @@ def labelled_pictures(folder: Path) -> LabelledPictures:
     files, splits, labels = zip(*sorted(found), strict=True)
     classes, none = sorted(set(labels)), np.empty(0, int)
     return LabelledPictures(
-        name=folder.name, folder=folder, source=str(folder), problems=[], owner=none, emotion=none, texts=[],
+        name=folder.resolve().name, folder=folder, source=str(folder), problems=[], owner=none, emotion=none, texts=[],
         emotions=tuple(name.replace("_", " ").lower() for name in classes), files=list(map(Path, files)),
         names=[Path(file).relative_to(folder).as_posix() for file in files],
         split=np.array([SPLITS.index(split) for split in splits]),
@@ -70,36 +70,39 @@ def stored_features(art: Art, model: SEVLM, machine: Machine) -> tuple[Store, di
     return features, {art.names[painting]: why for painting, why in problems.items()}
 
 
-def said_of(art: Art, model: SEVLM, identity: str, features: Store, teacher: str | Path, machine: Machine
-            ) -> dict[str, Said]:
-    """All that students and gates are trained and tested on, by split. `identity` tells the model from others."""
-    logits, found = read_logits(teacher, art), {}
+def said_of(art: Art, model: SEVLM, identity: str, features: Store, teacher: str | Path, machine: Machine,
+            asked: Sequence[str] = ("val", "test")) -> dict[str, Said]:
+    """All that students and gates are trained and tested on, by split; the decoder is asked about some of the splits.
+
+    `identity` tells the model from others.
+    """
+    logits, usable = read_logits(teacher, art), {}
     for split in SPLITS[:3]:
         paintings = art.paintings(split)
-        paintings = paintings[features.done[paintings]]
+        usable[split] = paintings = paintings[features.done[paintings]]
         if len(paintings) < 2:
             raise UserError(f"{art.source} has no two {split} pictures that can be used")
         silent = paintings[np.isnan(logits[paintings]).any(1)]
         if len(silent):
             raise UserError(f"{teacher} says nothing of {len(silent):,} {split} pictures, such as "
                             f"{art.names[silent[0]]}; name a teacher of this data with --teacher")
-
-        def kept(what: str, width: int, measure: Callable[[Tensor], Tensor], paintings=paintings) -> Tensor:
-            stamps = [f"{what} {identity} {machine.dtype} {mark.tobytes().hex()}" for mark in features.marks]
-            path = art.folder / "cache" / f"{art.name}-{what}-{identity}.store"
-            store = Store(path, stamps, (width,), np.float32, what)
-            complete(store, features, paintings, measure, machine)
-            return torch.from_numpy(store.get(paintings))
-
-        found[split] = Said(
-            paintings, torch.from_numpy(art.votes[paintings]).float(),
-            kept("pooled", model.config.tower_width, lambda x: x.mean(1)), torch.from_numpy(logits[paintings]).float(),
-            kept("decoder", len(art.emotions), lambda x: emotion_log_probs(model, x)))
-    for emotion, votes in zip(art.emotions, found["train"].votes.sum(0), strict=True):
+    for emotion, votes in zip(art.emotions, art.votes[usable["train"]].sum(0), strict=True):
         if votes == 0:
             raise UserError(f"no training picture of {art.source} is of the class {emotion}: it cannot be learned; "
                             "leave it out, or add pictures")
-    return found
+
+    def kept(what: str, width: int) -> Store:
+        stamps = [f"{what} {identity} {machine.dtype} {mark.tobytes().hex()}" for mark in features.marks]
+        return Store(art.folder / "cache" / f"{art.name}-{what}-{identity}.store", stamps, (width,), np.float32, what)
+
+    pooled, decoder = kept("pooled", model.config.tower_width), kept("decoder", len(art.emotions))
+    complete(pooled, features, np.concatenate(list(usable.values())), lambda x: x.mean(1), machine)
+    complete(decoder, features, np.concatenate([usable[split] for split in asked]),
+             lambda x: emotion_log_probs(model, x), machine)
+    return {split: Said(paintings, torch.from_numpy(art.votes[paintings]).float(),
+                        torch.from_numpy(pooled.get(paintings)), torch.from_numpy(logits[paintings]).float(),
+                        torch.from_numpy(decoder.get(paintings)) if split in asked else None)
+            for split, paintings in usable.items()}
 
 
 @torch.no_grad()

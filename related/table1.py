@@ -12,6 +12,7 @@ Each system is trained by its own command, which is printed. What is finished is
 well be trained by hand, with other settings or on another machine, into the folder that its command names.
 """
 import argparse
+import contextlib
 import shlex
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Art, add_data_options, art_of, load_pixels
+from data import Art, add_data_options, art_of
 from metrics import (
     Reference,
     accuracy,
@@ -43,8 +44,9 @@ from related.captions import GROUNDINGS
 from related.emotion_classifier import load_trunk, normalise
 from related.nlx_gpt import reasons
 from related.training import CONFIG, Machine, gflop_of, opened, parameters_of
-from sevlm import BASELINE, emotion_log_probs, load_model
+from sevlm import BASELINE, emotion_log_probs, load_model, load_pixels
 from support.pages import bar_chart, escape, page, table
+from support.pictures import BadPicture
 from support.program import UserError, aligned, read_json, run_program, write_json, write_text
 from support.records import without_nan
 from support.report import side_by_side
@@ -175,23 +177,26 @@ class Cost:
     seconds: float
 
 
-def cost_of(system: str, runs: Runs, art: Art, machine: Machine) -> Cost:
-    """A system of two stages costs both, and what its stored features cost before."""
+def cost_of(system: str, runs: Runs, art: Art) -> Cost:
+    """A system of two stages costs both, and before the second the features that it finds stored."""
     run = runs.of(system, 0)
     if system in (BASE, FULL):
-        return cost_of_model(run.folder, art, machine)
+        return cost_of_model(run.folder, art)
     first, second = (read_json(one.results_file) for one in (runs.of(FIRST_STAGE, 0), run))
     seconds = 1 / first["pictures_per_second"] + 1 / second["predicted"]["pictures_per_second"]
     return Cost(first["parameters"] + second["parameters"], first["gflop"] + second["gflop"],
-                seconds + seconds_of_features(read_json(run.folder / CONFIG), machine))
+                seconds + seconds_of_features(read_json(run.folder / CONFIG)))
+
+
+PICTURES = 16  # to measure speed with
 
 
 @torch.no_grad()
-def cost_of_model(source: Path, art: Art, machine: Machine, pictures: int = 16) -> Cost:
+def cost_of_model(source: Path, art: Art) -> Cost:
     """Of the likeliest emotion and its explanation, by a model of ours."""
-    model = load_model(source).to(machine.device)
-    files = [file for file in (art.files[painting] for painting in art.paintings("test")) if file][:pictures]
-    pixels = torch.stack([load_pixels(file, model.config) for file in files]).to(machine.device)
+    model = load_model(source)
+    machine = Machine.chosen("auto", "auto", model.config.width)
+    model.to(machine.device)
 
     def answer(pixels: Tensor) -> list[str]:
         with machine.autocast():
@@ -199,24 +204,36 @@ def cost_of_model(source: Path, art: Art, machine: Machine, pictures: int = 16) 
             likeliest = emotion_log_probs(model, features).argmax(1).tolist()
             return reasons(model, features, [model.text.emotions[index] for index in likeliest])
 
+    loaded = []
+    for painting in art.paintings("test"):
+        with contextlib.suppress(BadPicture):
+            loaded.append(load_pixels(art.files[painting] or "", model.config))
+        if len(loaded) == PICTURES:
+            break
+    pixels = torch.stack(loaded).to(machine.device)
     return Cost(parameters_of(model), gflop_of(lambda: answer(pixels[:1])),
                 seconds_of(lambda: answer(pixels)) / len(pixels))
 
 
 @torch.no_grad()
-def seconds_of_features(config: Mapping, machine: Machine, pictures: int = 16) -> float:
+def seconds_of_features(config: Mapping) -> float:
     """Of the frozen network whose stored features a captioner attends to; none if it has a network of its own."""
     if config["features"] == "clip":
-        model = load_model(config["weights"]).to(machine.device)
-        network, side = model.encode_image, model.config.image_size
+        network = load_model(config["weights"])
+        encode, side, width = network.encode_image, network.config.image_size, network.config.tower_width
     elif config.get("released", config["layers"]) < config["layers"]:
         return 0.0
     else:
-        trunk = load_trunk(config["weights"], layers=config["layers"]).eval().to(machine.device)
-        network, side = (lambda pixels: trunk(normalise(pixels))), config["side"]
-    pixels = torch.zeros(pictures, 3, side, side, dtype=torch.uint8, device=machine.device)
+        network, side, width = load_trunk(config["weights"], layers=config["layers"]).eval(), config["side"], 512
+
+        def encode(pixels: Tensor) -> Tensor:
+            return network(normalise(pixels))
+
+    machine = Machine.chosen("auto", "auto", width)
+    network.to(machine.device)
+    pixels = torch.zeros(PICTURES, 3, side, side, dtype=torch.uint8, device=machine.device)
     with machine.autocast():
-        return seconds_of(lambda: network(pixels)) / pictures
+        return seconds_of(lambda: encode(pixels)) / PICTURES
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 3) -> float:
@@ -245,8 +262,10 @@ def rows_of(found: Found, costs: Mapping[str, Cost], seeds: int) -> list[list[st
         rows.append(["  95% interval", *("-".join(f"{100 * end:.1f}" for end in one["interval"]) for one in scores)])
         if any(one["against"] for one in scores):
             rows.append(["  p, Holm", *(f"{one['against']['holm']:.3f}" if one["against"] else "" for one in scores)])
-    return rows + (list(map(list, zip(COSTS, *(shown(costs.get(system)) for system in found), strict=True))) if costs
-                   else [])
+    if costs:
+        columns = [shown(costs.get(system)) for system in found]
+        rows += [[what, *cells] for what, *cells in zip(COSTS, *columns, strict=True)]
+    return rows
 
 
 def shown(cost: Cost | None) -> list[str]:
@@ -343,8 +362,7 @@ def main() -> None:
         ours, told = ({system: [protocol.scores(runs.answers(system, seed, grounding), allow_missing=True)
                                 for seed in seeds] for system in names}
                       for grounding, names in zip(GROUNDINGS, (systems, told_emotions(systems)), strict=True))
-        machine = Machine.chosen("auto", "auto", 512)
-        costs = {system: cost_of(system, runs, art, machine) for system in systems}
+        costs = {system: cost_of(system, runs, art) for system in systems}
         note = note_of(pooled(ours[systems[0]]), protocol.judge, options.decoding, options.seeds)
         write_table(folder, found_of(ours | theirs), found_of(told), costs, options.seeds, note)
 

@@ -40,8 +40,9 @@ def choose_precision(name: str, device: torch.device, width: int) -> tuple[torch
 
 @torch.no_grad()
 def seconds_of_products(dtype: torch.dtype, width: int, rows: int = 256) -> float:
-    """What an MLP's two matrix products take, as autocast runs them: float32 weights, the best of three."""
-    x, rise, fall = torch.ones(rows, width), torch.ones(4 * width, width), torch.ones(width, 4 * width)
+    """What an MLP's two matrix products take, the best of three: as in a step, autocast converts weights only once."""
+    x = torch.ones(rows, width)
+    rise, fall = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4 * width, width), (width, 4 * width)))
     best = float("inf")
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         for _ in range(3):

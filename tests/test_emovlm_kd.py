@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import metrics
 from data import load_art
-from related import emovlm_kd, gates
+from related import emotion_classifier, emovlm_kd, gates
 from related.emovlm_kd import Student, distillation_loss
 from related.gates import GATES, fewest_steps, fit_gate, one_answer, published_gate, sum_gate
 from sevlm import save
@@ -359,6 +359,15 @@ def test_labelled_pictures_train_without_sentences_in_any_order(world, capsys):
     capsys.readouterr()
     world("one/test/anger/0.png", "--json", data=[])
     assert json.loads(capsys.readouterr().out)["probabilities"].keys() == set(found[0]["emotions"])
+
+
+def test_a_teacher_is_trained_where_there_is_none(world, monkeypatch):
+    monkeypatch.setattr(emotion_classifier, "preset", lambda art: dict(side=32, released=0, epochs=1, batch=18))
+    paint(Path("pictures"), COLOURS)
+    world("--resnet", "none", data=["--labels", "pictures", "--epochs", "2"])
+    found = json.loads(Path("run/emovlm_kd-pictures/results.json").read_text())
+    assert found["systems"]["teacher"]["adds"]["parameters"] > 21e6
+    assert len(Path("runs/pictures-emotions/predictions.jsonl").read_text().splitlines()) == 60
 
 
 # what is wrong is said

@@ -1,4 +1,5 @@
 """M2 against numbers from the original code (fixture), and what the fixture does not reach."""
+import itertools
 import json
 import os
 from pathlib import Path
@@ -116,7 +117,18 @@ def test_beam_search_and_captions(case, meta):
     case.close(scores, "beam_scores")
     vocabulary = m2.Vocabulary(meta["itos"])
     for best, caption in zip(words[:, 0].tolist(), meta["captions"][case.name], strict=True):
+        assert vocabulary.text(itertools.takewhile(lambda i: i != m2.END, best)) == " ".join(caption["words"])
         assert m2.sentence(vocabulary, best) == caption["collapsed"]
+
+
+@torch.no_grad()
+def test_one_beam_takes_the_likeliest_word_each_time(case):
+    picture = case.picture()
+    said = m2.beam_search(case.model.decoder, picture, beams=1, steps=case.meta["beam"]["steps"])[0][:, 0]
+    ids = torch.cat([torch.full_like(said[:, :1], m2.BEGIN), said], 1)
+    likeliest = case.model.decoder(ids[:, :-1], picture)[0].argmax(2)
+    unfinished = (ids[:, :-1] == m2.END).cumsum(1) == 0
+    assert torch.equal(said[unfinished], likeliest[unfinished]) and not said[~unfinished].any()
 
 
 def test_schedule(meta):
@@ -206,15 +218,16 @@ def test_the_program(tmp_path, toy, toy_root, monkeypatch, capsys):
         return capsys.readouterr().out
 
     run(emotion_classifier.main, "--out", tmp_path / "emotions", "--side", "32")
-    for name, flags in (("maps", ["--side", "32", "--layers", "6"]), ("patches", ["--features", "clip", "--weights", ROOT / "examples" / "toy", "--decoding", "greedy"]),
-                        ("random", ["--side", "32", "--layers", "6", "--decoding", "sample"])):
+    resnet = ["--side", "32", "--layers", "6", "--decoding", "sample"]
+    tower = ["--features", "clip", "--weights", ROOT / "examples" / "toy", "--beams", "2"]
+    for name, flags in (("maps", resnet), ("patches", tower)):
         told = run(m2.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / name, *flags)
-        assert "annotated" in told
+        assert "annotated" in told and "epoch 1" in told
         results = json.loads((tmp_path / name / "results.json").read_text())
         assert 0 <= results["predicted"]["ACC"] <= results["annotated"]["ACC"] == 1 and results["parameters"] > 0 < results["gflop"]
         answers = [json.loads(line) for line in (tmp_path / name / "test-predicted.jsonl").read_text().splitlines()]
         assert [answer["image"] for answer in answers] == [toy.names[p] for p in toy.paintings("test")]
-    assert "epoch" not in run(m2.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / "maps", "--side", "32", "--layers", "6")
+    assert "epoch 1" not in run(m2.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / "maps", *resnet)
 
 
 def test_what_cannot_be_is_said_in_one_line(tmp_path, toy_root, monkeypatch):
