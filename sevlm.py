@@ -682,8 +682,7 @@ def generate(model: SEVLM, features: Tensor, openings: Sequence[Sequence[int]] |
             logits = logits[picture]
         told = dictated[live, position]
         tokens = torch.where(told >= 0, told, nucleus(logits, top_p, temperature, draws[live, position]))
-        gain = logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
-        log_probs[live] += gain.masked_fill(told >= 0, 0)
+        log_probs[live] -= F.cross_entropy(logits, tokens, reduction="none").masked_fill(told >= 0, 0)
         ids[live, position] = tokens
         decoding.append(tokens)
         unfinished = (told >= 0) | ~torch.isin(tokens, special)
