@@ -83,7 +83,7 @@ class Settings(Captioning):
 
 
 TOY = dict(side=64, layers=7, width=128, attention_heads=4, key_width=32, value_width=32, slots=10, inner=512,
-           dropout=0.0, epochs=4, warmup=400)
+           dropout=0.0, epochs=8, warmup=400)
 
 
 # 2. Attention
