@@ -41,7 +41,7 @@ from support.overlap import Corpus, common_subsequence, lcs_lengths
 from support.pictures import SUFFIXES, spelling
 from support.program import UserError, aligned, printable, read_json, run_program
 from support.ptb import tokenize
-from support.records import json_records, numbers_by_name, objects_in, text_in, texts_in, without_nan
+from support.records import finite_only, json_records, numbers_by_name, objects_in, text_in, texts_in
 from support.scores import Intervals, Score, Scores, bootstrap, compare, how_tested, mean_score
 from support.settings import flag
 from support.text_classifier import TextClassifier, train_text_classifier
@@ -547,7 +547,7 @@ def table(scores: Scores, intervals: Intervals, compared: Sequence[dict[str, dic
 def as_json(scores: Scores, intervals: Intervals) -> dict:
     """Scores as they are, not times 100; null where there is nothing to score."""
     counts = {name: score.images for name, score in scores.items()}
-    return without_nan({**{name: score.value for name, score in scores.items()}, "intervals": intervals,
+    return finite_only({**{name: score.value for name, score in scores.items()}, "intervals": intervals,
                         "counts": {"images": len(scores["ACC"].statistics), **counts}})
 
 
@@ -632,7 +632,7 @@ def main() -> None:
             columns = {name: score.per_image for name, score in scores.items()}
             result["per_image"] = {image: {name: column[row] for name, column in columns.items()}
                                    for row, image in enumerate(wanted) if image in predictions[0]}
-        print(json.dumps(without_nan(result), indent=1))
+        print(json.dumps(finite_only(result), indent=1))
         return
     print(table(scores, intervals, compared))
     if compared:

@@ -722,9 +722,9 @@ def beams_of(model: SEVLM, features: Tensor, opening: Sequence[int], beams: int,
         gains = decoding.logits().log_softmax(1)  # (n, V)
         pool = torch.cat([done_scores, (scores[:, None] + gains).flatten()])
         best, place = pool.topk(min(beams, len(pool)))
-        kept = place[place < len(done)]
-        parents, tokens = (part[place >= len(done)] for part in divmod_tensor(place - len(done), text.size))
-        scores = best[place >= len(done)]
+        kept, grown = place[place < len(done)], place >= len(done)
+        parents, tokens = (place[grown] - len(done)) // text.size, (place[grown] - len(done)) % text.size
+        scores = best[grown]
         done, done_scores = done[kept], done_scores[kept]
         decoding.select(parents)
         decoding.append(tokens)
@@ -741,10 +741,6 @@ def beams_of(model: SEVLM, features: Tensor, opening: Sequence[int], beams: int,
     chosen = (ids != text.pad).sum(1) - len(opening)
     order = (scores / chosen.clamp(min=1)).argsort(descending=True)
     return Sentences(ids[order], scores[order])
-
-
-def divmod_tensor(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return x // size, x % size
 
 
 @torch.no_grad()

@@ -94,6 +94,7 @@ from support.pages import colours, data_uri, escape, page, table
 from support.pictures import BadPicture, open_picture
 from support.program import UserError, aligned, run_program, write_json, write_text
 from support.public import CLIP_HUB
+from support.records import finite_only
 from support.report import (
     Meter,
     comparison_charts,
@@ -603,11 +604,6 @@ def batches_from(step: int, examples: Examples, settings: Settings, world: World
 
 def dropout_seed(*place: int) -> int:
     return int(np.random.SeedSequence(place).generate_state(1)[0])
-
-
-def finite_only(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no nan."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def validate(model: SEVLM, pictures: Pictures, judge: Judge | None, art: Art, world: World, settings: Settings

@@ -44,7 +44,7 @@ from related.training import CONFIG, WEIGHTS, Machine, config_of, finish, fit, l
 from sample import Wish, add_options, find_checkpoint, fingerprint, introduce, respond
 from sevlm import SEVLM, emotion_log_probs, load_model
 from support.program import UserError, progress, read_json, replacing, run_program, write_json
-from support.records import without_nan
+from support.records import finite_only
 from support.scores import how_tested, p_values
 from support.settings import add_flags, check, flag, given, option
 from support.store import Store
@@ -283,7 +283,7 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
         results["sentences"] = sentences(folder, art, model, features, said["test"], both, machine)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(best.gate.state_dict(), temporary)
-    write_json(folder / "results.json", without_nan(results))
+    write_json(folder / "results.json", finite_only(results))
     write_json(folder / CONFIG, {"system": SYSTEM, **about, "gate": best.name, "reads": best.form, "start": best.start,
                                  "steps": best.steps, "loss": best.loss})
     return results
@@ -319,7 +319,7 @@ def main() -> int | None:
         raise UserError(f"{', '.join(idle)}: name pictures to answer")
     with contextlib.redirect_stdout(sys.stderr):  # what is said on the way; the result alone can be piped
         results = train_expert(run, options)
-    print(json.dumps(without_nan(results), indent=1) if options.json else summary(results))
+    print(json.dumps(finite_only(results), indent=1) if options.json else summary(results))
     return None
 
 

@@ -48,7 +48,7 @@ from sevlm import BASELINE, emotion_log_probs, load_model, load_pixels
 from support.pages import bar_chart, escape, page, table
 from support.pictures import BadPicture
 from support.program import UserError, aligned, read_json, run_program, write_json, write_text
-from support.records import without_nan
+from support.records import finite_only
 from support.report import side_by_side
 from support.run import Run, stop_requests
 from support.scores import Scores, how_tested, pooled
@@ -307,7 +307,7 @@ def write_table(folder: Path, found: Found, told: Found, costs: Mapping[str, Cos
     write_text(folder / "table1.txt", text + "\n")
     write_text(folder / "table1.tex", latex(found, costs))
     write_text(folder / "report.html", report(found, tables, note))
-    write_json(folder / "results.json", without_nan({
+    write_json(folder / "results.json", finite_only({
         "systems": found, "told the emotion": told, "costs": {system: asdict(cost) for system, cost in costs.items()},
         "note": note}))
     print(f"\n{text}\n{folder / 'report.html'}, table1.tex, results.json")

@@ -50,13 +50,13 @@ def numbers_by_name(values: Any, names: Sequence[str], where: str) -> dict[str, 
     return {name: float(values.get(name, 0)) for name in names}
 
 
-def without_nan(value: Any) -> Any:
-    """The same with null for nan, which JSON does not have."""
+def finite_only(value: Any) -> Any:
+    """The same with null for nan and the infinities, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: without_nan(one) for name, one in value.items()}
+        return {name: finite_only(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_nan(one) for one in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [finite_only(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(value: Any) -> str:

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -16,6 +15,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -528,8 +528,9 @@ def test_stored_features_equal_direct_encoding(tmp_path, toy, small_model, fille
 
 
 def test_a_store_goes_to_workers_as_its_path(filled):
-    again = pickle.loads(pickle.dumps(filled))
-    assert len(pickle.dumps(filled)) < 20_000 and again.done.all() and np.array_equal(again.get([5, 2]), filled.get([5, 2]))
+    sent = ForkingPickler.dumps(filled)  # what a worker process is sent
+    again = ForkingPickler.loads(sent)
+    assert len(sent) < 20_000 and again.done.all() and np.array_equal(again.get([5, 2]), filled.get([5, 2]))
 
 
 @pytest.mark.parametrize("moment", range(5))
