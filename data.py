@@ -3,13 +3,13 @@
     1. Art              a data set: paintings, splits, votes, explanations
     2. ArtEmis          its released files, v1 and v2, its preprocessed ones, the authors' JSON
     3. Own data         any file with images, emotions and explanations
-    4. Pictures         found on disk, and stored once: features of the frozen tower, or pixels
+    4. Pictures         stored once: features of the frozen tower, or pixels
     5. Captions         all explanations as token ids and lexicon rows, in compact arrays
     6. Batches          paintings with two sentences each, their negatives, for any number of processes
     7. What there is    a data set's lexicon and tokenizer, an overview, examples
 
 A row is one annotation: somebody's emotion in front of a painting, and why. An example is a painting with two
-sentences, made from two of its rows.
+sentences, made from two of its rows. How tables are read, texts cleaned and splits drawn is in support/.
 Shapes: P paintings, R rows, E emotions, B pictures of a batch, N = 2 B sentences, L tokens, K patches of width d.
 For an overview of a data set, and examples of it with their negatives:
 
@@ -19,7 +19,6 @@ import argparse
 import hashlib
 import math
 import os
-import posixpath
 import textwrap
 import unicodedata
 from collections import Counter
@@ -29,23 +28,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from sevlm import EMOTIONS, IGNORE, SEVLM, Config, Text, load_pixels
+from support.annotations import opinions, read_annotations, whole_numbers
 from support.device import autocast
 from support.english import clean, words
-from support.files import byte_level, find_file, read_tokenizer
-from support.pictures import BadPicture, index_pictures, is_picture, spelling
-from support.program import UserError, printable, progress, read_json, replacing, run_program
+from support.files import find_file, read_tokenizer
+from support.names import files_of, first_few
+from support.pictures import BadPicture
+from support.program import UserError, aligned, printable, progress, read_json, run_program
 from support.public import GPT2_HUB
-from support.splits import REST_SHARE, SPLITS, TEST_SHARE, VAL_SHARE, splits_v1, splits_v2
-from support.store import Store
-from support.tables import SUFFIXES, Table, read_csv, read_table
+from support.records import numbers_by_name, text_in, texts_in
+from support.splits import SPLITS, combined, splits_v1, splits_v2, wrong_splits
+from support.store import Store, stamp
+from support.tables import SUFFIXES, Table, read_csv
+from support.tokens import trained_tokenizer
 from toy.painter import paint_toy
 from vad import OUR_LEXICON, Lexicon, read_lexicon
 
 # 1. Art
+
+TINY = 30  # paintings of a split whose scores mean little
+
 
 @dataclass
 class Art:
@@ -76,12 +82,6 @@ class Art:
     def rows_of(self, painting: int) -> range:
         return range(*np.searchsorted(self.owner, (painting, painting + 1)))
 
-    def references(self, split: str) -> dict[str, dict]:
-        """Painting -> its explanations with their emotions, and all votes, as metrics.py wants them."""
-        return {self.names[p]: {"emotions": [self.emotions[self.emotion[r]] for r in self.rows_of(p)],
-                                "explanations": [self.texts[r] for r in self.rows_of(p)],
-                                "votes": self.votes[p].tolist()} for p in self.paintings(split)}
-
 
 @dataclass
 class Annotations:
@@ -90,7 +90,7 @@ class Annotations:
     table: Table  # with the columns name, emotion, text and split
     kept: np.ndarray | None = None  # (R,) rows to train on and to compare with; None: all
     dropped: int = 0  # rows beyond the length limits
-    voters: Iterable[tuple[str, str]] | None = None  # (painting, emotion) of all annotators, if not those of the rows
+    votes: Mapping[tuple[str, str], int] | None = None  # of (painting, emotion), if not one for each row
     emotions: Sequence[str] = EMOTIONS
     notes: Sequence[str] = ()  # choices that were made for the user
 
@@ -101,30 +101,25 @@ def load_art(name: str, root: str | Path | None = None, images: str | Path | Non
 
     Its pictures are in `images`, by default beside the annotations; without `pictures` none are needed.
     """
-    root = Path(root or os.environ.get("SEVLM_DATA", "data"))
+    root, path = Path(root or os.environ.get("SEVLM_DATA", "data")), Path(name)
     if name.lower().endswith(SUFFIXES):
-        path = Path(name)
-        name, folder, beside, annotations = path.name, path.parent, path.parent, read_own(path)
+        art, beside = assemble(path.name, path.parent, read_own(path)), path.parent
     elif name in ("toy", "artemis_v1", "artemis_v2"):
         folder = root / (f"toy-{toy_paintings}" if name == "toy" else name)
         if name == "toy":
             paint_toy(folder, toy_paintings)
         elif not folder.is_dir():
             folder = root
-        beside, annotations = folder / "wikiart", read_artemis(2 if name == "artemis_v2" else 1, folder)
+        art = assemble(name, folder, read_artemis(2 if name == "artemis_v2" else 1, folder))
+        beside = folder / "wikiart"
     else:
         raise UserError(f"unknown data {name!r}; there are artemis_v1, artemis_v2 and toy, and files of your own "
                         f"({', '.join(SUFFIXES)})")
-    art = assemble(name, folder, annotations)
     if not art.texts:
-        raise UserError(f"{art.source} in {folder} has no row that can be used"
+        raise UserError(f"{art.source} in {art.folder} has no row that can be used"
                         + (f": {art.problems[0]}" if art.problems else ""))
     if pictures:
-        if images and not Path(images).is_dir():
-            raise UserError(f"--images {images}: there is no such folder")
-        if not images and not beside.is_dir():
-            raise not_there("wikiart/", folder)
-        find_pictures(art, Path(images or beside))
+        find_pictures(art, images, beside)
     return art
 
 
@@ -136,12 +131,10 @@ def assemble(name: str, folder: Path, annotations: Annotations) -> Art:
     owner = np.array([index_of[painting] for painting in table["name"]], np.int32)
     emotion = np.array([emotion_of[label] for label in table["emotion"]], np.int8)
     votes = np.zeros((len(names), len(emotions)), np.int64)
-    if annotations.voters is None:
-        np.add.at(votes, (owner, emotion), 1)
-    else:
-        for painting, label in annotations.voters:
-            if painting in index_of:
-                votes[index_of[painting], emotion_of[label]] += 1
+    counts = annotations.votes or Counter(zip(table["name"], table["emotion"], strict=True))
+    for (painting, label), count in counts.items():
+        if painting in index_of:
+            votes[index_of[painting], emotion_of[label]] = count
     split_of = dict(zip(table["name"], table["split"], strict=True))
     split = np.array([SPLITS.index(split_of[painting]) for painting in names], np.int8)
     order = np.arange(len(table)) if kept is None else np.flatnonzero(kept)
@@ -151,6 +144,18 @@ def assemble(name: str, folder: Path, annotations: Annotations) -> Art:
     art.notes += [f"{part} has only {count} paintings: its scores mean little" for part in ("val", "test")
                   if (count := len(art.paintings(part))) < TINY]
     return art
+
+
+def find_pictures(art: Art, images: str | Path | None, beside: Path) -> None:
+    """Find each painting's file, in `images` or beside the annotations."""
+    folder = Path(images or beside)
+    if not folder.is_dir():
+        raise UserError(f"--images {images}: there is no such folder") if images else not_there("wikiart/", art.folder)
+    art.files, choices = files_of(art.names, folder)
+    art.notes += choices
+    if not any(art.files):
+        raise UserError(f"none of the {len(art.files):,} pictures of {art.source} is in {folder} (such as "
+                        f"{art.names[0]}); --images names their folder")
 
 
 # 2. ArtEmis
@@ -175,10 +180,10 @@ def read_artemis(version: int, folder: Path) -> Annotations:
         return from_preprocessed(version, folder)
     if all((folder / file).is_file() for file in JSON_FILES.values()):
         return from_authors(folder)
-    for file in (V1_FILE, V2_FILE)[:version]:
+    for file in (V1_FILE, V2_FILE)[:version]:  # v2 adds to v1
         if not (folder / file).is_file():
             raise not_there(file, folder)
-    return (from_v1, from_v2)[version - 1](folder)
+    return from_v1(folder) if version == 1 else from_v2(folder)
 
 
 def read_rows(path: Path, text: str = "utterance", extra: Sequence[str] = ()) -> Table:
@@ -201,32 +206,35 @@ def read_rows(path: Path, text: str = "utterance", extra: Sequence[str] = ()) ->
 
 def from_v1(folder: Path) -> Annotations:
     table = read_rows(folder / V1_FILE)
-    splits = splits_v1(table["key"], table["repetition"])
-    return cleaned(V1_FILE, table, splits)
+    return cleaned(V1_FILE, table, splits_v1(table["key"], table["repetition"]))
 
 
 def from_v2(folder: Path) -> Annotations:
+    """v2's paintings, each chosen to contrast with its `anchor`, and v1's."""
     new = read_rows(folder / V2_FILE, extra=["anchor_art_style", "anchor_painting"])
     old = read_rows(folder / V1_FILE)
-    for table in (new, old):
-        for column in ("name", "key"):
-            table.columns[column] = [unicodedata.normalize("NFD", name) for name in table[column]]
-    anchors = [unicodedata.normalize("NFD", style + painting) for style, painting in
-               zip(new["anchor_art_style"], new["anchor_painting"], strict=True)]
+    for table in (new, old):  # which write accents in two ways
+        table.columns |= {column: decomposed(table[column]) for column in ("name", "key")}
+    anchors = decomposed(map(str.__add__, new["anchor_art_style"], new["anchor_painting"]))
     splits = splits_v2(new["key"], new["repetition"], anchors, old["key"], old["repetition"])
-    both = Table(new.path, {name: new[name] + old[name] for name in ("name", "key", "emotion", "text")},
+    both = Table(new.path, {column: new[column] + old[column] for column in ("name", "key", "emotion", "text")},
                  new.lines + old.lines, new.problems + old.problems)
     both.columns["version"] = ["new"] * len(new) + ["old"] * len(old)
     return cleaned(f"{V2_FILE} and {V1_FILE}", both, splits)
 
 
+def decomposed(names: Iterable[str]) -> list[str]:
+    return [unicodedata.normalize("NFD", name) for name in names]
+
+
 def cleaned(source: str, table: Table, splits: Mapping[str, str]) -> Annotations:
     """Texts as a model reads them, within ArtEmis's length limits."""
-    table.columns["split"] = [splits[key] for key in table["key"]]
-    table.columns["text"] = list(map(clean, table["text"]))
+    table.columns |= {"split": [splits[key] for key in table["key"]], "text": list(map(clean, table["text"]))}
     lengths = np.array([len(words(text)) for text in table["text"]])
-    within = (lengths >= SHORTEST) & (lengths <= length_limit(lengths, np.array(table["split"]) == "train"))
-    kept = combined(table, within) if "version" in table.columns else within
+    longest = length_limit(lengths, np.array(table["split"]) == "train")
+    within = kept = (lengths >= SHORTEST) & (lengths <= longest)
+    if "version" in table.columns:
+        kept = combined(table["key"], table["split"], table["version"], within)
     return Annotations(source, table, kept, dropped=int((~within).sum()))
 
 
@@ -235,101 +243,60 @@ def length_limit(lengths: np.ndarray, in_training: np.ndarray) -> float:
     return float(np.percentile(lengths[in_training], LONGEST_PERCENTILE)) if in_training.any() else np.inf
 
 
-def combined(table: Table, within: np.ndarray) -> np.ndarray:
-    """v2's "Combined" rows: all new ones and as many old; tested on the old ones of half the old test paintings."""
-    keys, split, version = (np.array(table[name]) for name in ("key", "split", "version"))
-    old, usual, test = within & (version == "old"), split != "rest", split == "test"
-    chosen = within & (version == "new")
-    in_order = np.concatenate([np.flatnonzero(old & usual), np.flatnonzero(old & ~usual)])
-    sample = np.random.RandomState(42).permutation(len(in_order))[:chosen.sum()]
-    chosen[in_order[sample]] = True
-    tested = np.unique(keys[old & test])
-    half = tested[np.random.RandomState(42).permutation(len(tested))[:len(tested) // 2]]
-    return np.where(old & test, np.isin(keys, half), chosen)
-
-
 def from_preprocessed(version: int, folder: Path) -> Annotations:
     """`artemis_preprocessed.csv`: its splits and its spelling, as they are."""
     table = read_rows(folder / PREPROCESSED_FILE, "utterance_spelled", ["split"])
     if version == 2 and "version" not in table.columns:
         raise UserError(f"{table.path} is of ArtEmis v1 (no column version); v2's comes from the artemis-v2 code")
-    table.drop(None if split in SPLITS else f"split is {split[:30]!r}" for split in table["split"])
-    table.drop(contradictions(table))
-    kept = voters = None
+    table.drop(wrong_splits(table["name"], table["split"]))
+    kept = votes = None
     if "version" in table.columns and "grounding_emotion" not in table.columns:  # all old rows are still there
-        kept = combined(table, np.ones(len(table), bool))
+        kept = combined(table["key"], table["split"], table["version"], np.ones(len(table), bool))
     if version == 1 and (folder / V1_FILE).is_file():  # the annotators of rows that preprocessing has dropped vote too
         everyone = read_rows(folder / V1_FILE)
-        voters = zip(everyone["name"], everyone["emotion"], strict=True)
-    return Annotations(PREPROCESSED_FILE, table, kept, voters=voters)
-
-
-def contradictions(table: Table) -> Iterator[str | None]:
-    """For each row, what is wrong if it puts its painting into another split than a row before it."""
-    first: dict[str, str] = {}
-    for name, split in zip(table["name"], table["split"], strict=True):
-        before = first.setdefault(name, split) if split else split
-        yield None if before == split else f"{name} is in {split} here, but in {before} before"
+        votes = Counter(zip(everyone["name"], everyone["emotion"], strict=True))
+    return Annotations(PREPROCESSED_FILE, table, kept, votes=votes)
 
 
 def from_authors(folder: Path) -> Annotations:
     """The SEVLM authors' files: {id: {emotions, explanations, image_name, origin_emotion_distribution}}."""
-    table = Table(folder, {"name": [], "split": [], "emotion": [], "text": []}, [], [])
-    shares: dict[str, list[float]] = {}
+    rows, problems, shares = [], [], {}
     for split, file in JSON_FILES.items():
         items = read_json(folder / file)
         if not isinstance(items, dict):
             raise UserError(f"{folder / file}: expected an object, one entry for each painting")
         for identity, item in items.items():
-            problem = wrong_item(item)
-            if not problem and item["image_name"][:-4] in shares:
-                problem = f"{item['image_name']} occurs before"
-            if problem:
-                table.problems.append(f"{file}, id {identity}: {problem}")
+            try:
+                name, said, felt = authors_item(item, f"{file}, id {identity}")
+                if name in shares:
+                    raise UserError(f"{file}, id {identity}: {name} occurs before")
+            except UserError as problem:
+                problems.append(str(problem))
                 continue
-            name, count = item["image_name"][:-4], len(item["emotions"])  # names have dots: only .jpg is cut off
-            shares[name] = item["origin_emotion_distribution"]
-            table.lines += [0] * count
-            for column, cells in zip(table.columns.values(), (
-                    [name] * count, [split] * count, item["emotions"], item["explanations"]), strict=True):
-                column += cells
-    votes = whole_votes(np.array(list(shares.values())).reshape(-1, len(EMOTIONS)))
-    voters = ((name, emotion) for name, counts in zip(shares, votes.tolist(), strict=True)
-              for emotion, count in zip(EMOTIONS, counts, strict=True) for _ in range(count))
-    return Annotations(", ".join(JSON_FILES.values()), table, voters=voters)
+            shares[name] = felt
+            rows += [(name, split, emotion, text) for emotion, text in said]
+    columns = {title: [row[place] for row in rows] for place, title in enumerate(("name", "split", "emotion", "text"))}
+    counts = whole_numbers(np.array(list(shares.values())).reshape(-1, len(EMOTIONS))).tolist()
+    votes = {(name, emotion): count for name, own in zip(shares, counts, strict=True)
+             for emotion, count in zip(EMOTIONS, own, strict=True)}
+    return Annotations(", ".join(JSON_FILES.values()), Table(folder, columns, [0] * len(rows), problems), votes=votes)
 
 
-def wrong_item(item) -> str | None:
-    """What is wrong with an entry of the authors' JSON, if anything is."""
-    try:
-        emotions, texts, shares = item["emotions"], item["explanations"], item["origin_emotion_distribution"]
-        if len(emotions) != len(texts) or not all(isinstance(text, str) for text in [item["image_name"], *texts]):
-            return "there must be a text for each emotion, and image_name must be text"
-        if unknown := [label for label in emotions if label not in EMOTIONS]:
-            return f"unknown emotion {unknown[0]!r}"
-        if np.shape(shares) != np.shape(EMOTIONS) or not np.isfinite(np.array(shares, float)).all():
-            return f"origin_emotion_distribution must be {len(EMOTIONS)} numbers"
-    except (KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def whole_votes(shares: np.ndarray) -> np.ndarray:
-    """Votes from their shares (P, E): the smallest whole numbers in these proportions, whatever was lost in rounding,
-    so that half of the votes is exactly half."""
-    votes, todo = np.rint(1000 * shares), np.ones(len(shares), bool)  # where nothing fits
-    for voters in range(1, 200):
-        scaled = voters * shares
-        fits = todo & (np.abs(scaled - np.rint(scaled)) < 1e-3).all(1)
-        votes[fits], todo[fits] = np.rint(scaled[fits]), False
-    return votes.astype(np.int64)
+def authors_item(item, where: str) -> tuple[str, list[tuple[str, str]], list[float]]:
+    """A painting's name, its emotions and explanations, and each emotion's share of the votes."""
+    felt, texts = texts_in(item, "emotions", where), texts_in(item, "explanations", where)
+    if len(felt) != len(texts):
+        raise UserError(f"{where}: there must be a text for each emotion")
+    if unknown := [label for label in felt if label not in EMOTIONS]:
+        raise UserError(f"{where}: unknown emotion {unknown[0]!r}")
+    shares = numbers_by_name(item.get("origin_emotion_distribution"), EMOTIONS, where, in_order=True)
+    name = text_in(item, "image_name", where).removesuffix(".jpg")
+    return name, list(zip(felt, texts, strict=True)), list(shares.values())
 
 
 # 3. Own data
 
-COLUMNS = {"name": ("image", "painting"), "emotion": ("emotion",), "text": ("explanation", "utterance")}
-FEWEST_EMOTIONS, MOST_EMOTIONS = 2, 40
-TINY = 30  # paintings of a split whose scores mean little
+TITLES = {"name": ("image", "painting"), "label": ("emotion",), "text": ("explanation", "utterance")}
 
 
 def read_own(path: Path) -> Annotations:
@@ -338,96 +305,14 @@ def read_own(path: Path) -> Annotations:
     The emotions are those that occur: ArtEmis's in their usual order, then the others by alphabet. No row is dropped
     for its length: a sentence that is too long for the model loses its end.
     """
-    table = own_rows(path)
-    notes = complete_splits(table)
-    found = set(table["emotion"])
-    emotions = [label for label in EMOTIONS if label in found] + sorted(found.difference(EMOTIONS))
-    if not FEWEST_EMOTIONS <= len(emotions) <= MOST_EMOTIONS:
-        few = f" ({', '.join(emotions[:3])}{', ...' if len(emotions) > 3 else ''})" if emotions else ""
-        why = f"; {len(table.problems):,} rows cannot be used: {table.problems[0]}" if table.problems else ""
-        raise UserError(f"{path} has {len(emotions)} emotions{few}; there must be {FEWEST_EMOTIONS} to "
-                        f"{MOST_EMOTIONS}{why}")
-    everyone = {(name, annotator or line, label) for name, annotator, line, label in
-                zip(table["name"], table["annotator"], table.lines, table["emotion"], strict=True)}
-    voters = [(name, label) for name, _, label in everyone]  # whoever repeats an emotion votes once
-    return Annotations(path.name, table, voters=voters, emotions=emotions, notes=notes)
-
-
-def own_rows(path: Path) -> Table:
-    """The usable rows, with the columns name, emotion, text, split and annotator."""
-    table = read_table(path, "emotion")
-    titles = {column: next((title for title in known if title in table.columns), None)
-              for column, known in COLUMNS.items()}
-    if None in titles.values():
-        raise UserError(f"{path} needs columns image, emotion and explanation (or ArtEmis's art_style, painting and "
-                        f"utterance); it has {table.titles}")
-    blank = [""] * len(table)
-    styles = table.columns.get("art_style", blank) if titles["name"] == "painting" else blank
-    table.columns |= {
-        "name": [posixpath.join(style.strip(), name.strip()) for style, name in
-                 zip(styles, table[titles["name"]], strict=True)],
-        "emotion": [" ".join(label.lower().split()) for label in table["emotion"]],
-        "text": list(map(clean, table[titles["text"]])),
-        "split": [split.strip().lower() for split in table.columns.get("split", blank)],
-        "annotator": table.columns.get("annotator", blank)}
-    for column, title in titles.items():
-        table.drop(None if cell else f"blank {title}" for cell in table[column])
-    often = Counter(table["emotion"])
-    table.drop(None if often[label] > 1 else f"the emotion {label[:30]!r} occurs only here"
-               for label in table["emotion"])
-    table.columns["name"] = list(map(posixpath.normpath, table["name"]))
-    return table
-
-
-def complete_splits(table: Table) -> list[str]:
-    """A split for each picture: the one that a row gives it, or else one by its name. Returns what to say about it."""
-    table.drop(None if split in ("", *SPLITS) else f"split is {split[:30]!r}; there are {', '.join(SPLITS)}"
-               for split in table["split"])
-    table.drop(contradictions(table))
-    given = {name: split for name, split in zip(table["name"], table["split"], strict=True) if split}
-    names = sorted(set(table["name"]), key=place)
-    splits = {name: given.get(name) or split_by_name(name) for name in names}
-    notes = []
-    if len(given) < len(names):
-        notes.append(f"{len(names) - len(given):,} pictures have no split: it follows from their names, 85/5/10")
-    for split, share in (("val", VAL_SHARE), ("test", TEST_SHARE)):
-        train = [name for name in names if splits[name] == "train"]
-        if split not in splits.values() and len(train) > 1:
-            moved = [name for name in train if place(name) >= 1 - share] or train[-1:]
-            splits |= dict.fromkeys(moved, split)
-            notes.append(f"no picture was in {split}: {len(moved):,} of train are there now")
-    table.columns["split"] = [splits[name] for name in table["name"]]
-    return notes
-
-
-def split_by_name(name: str) -> str:
-    """85/5/10 by a hash of the name: whatever is added to the data later, a picture stays where it is."""
-    return "train" if place(name) < 1 - REST_SHARE else "val" if place(name) < 1 - TEST_SHARE else "test"
-
-
-def place(name: str) -> float:
-    """A number in 0..1 that only the name decides."""
-    return int.from_bytes(hashlib.sha256(unicodedata.normalize("NFC", name).encode()).digest()[:8], "big") / 2**64
+    table, emotions, notes = read_annotations(path, TITLES, folder_of={"painting": "art_style"}, usual=EMOTIONS)
+    table.columns["emotion"] = table["label"]
+    return Annotations(path.name, table, votes=opinions(table), emotions=emotions, notes=notes)
 
 
 # 4. Pictures. Each is decoded, and by a frozen tower encoded, once: a broken one is known before training begins.
 
 BATCH = 32  # pictures encoded at once
-
-
-def find_pictures(art: Art, folder: Path) -> None:
-    """Find each painting's file: by its path, or under any spelling of its name that index_pictures knows."""
-    art.files = [path if os.path.isfile(path := folder / name) else None for name in art.names]
-    index = index_pictures(folder) if None in art.files else {}
-    for painting, name in enumerate(art.names):
-        name = posixpath.splitext(name)[0] if is_picture(name) else name
-        if art.files[painting] is None and (found := index.get(spelling(name))):
-            art.files[painting] = found[0]
-            if len(found) > 1:
-                art.notes.append(f"{name} has {len(found)} files: {found[0].name} is used")
-    if not any(art.files):
-        raise UserError(f"none of the {len(art.files):,} pictures of {art.source} is in {folder} (such as "
-                        f"{art.names[0]}); --images names their folder")
 
 
 class PictureFiles(torch.utils.data.Dataset):
@@ -452,24 +337,16 @@ def open_store(art: Art, model: SEVLM, folder: str | Path | None = None) -> Stor
     Its name depends on tower and preprocessing, an entry's stamp on its picture's path, size and time.
     """
     config = model.config
-    what = "pixels" if config.train_tower else "features"
+    if config.train_tower:
+        what, shape, dtype = "pixels", (3, config.image_size, config.image_size), np.uint8
+    else:
+        what, shape, dtype = "features", (config.patches, config.tower_width), np.float16
     kind = repr((what, config.image_size, config.crop, config.authors_pixels))
     if not config.train_tower:
         kind += tower_fingerprint(model)
-    shape, dtype = (((3, config.image_size, config.image_size), np.uint8) if config.train_tower else
-                    ((config.patches, config.tower_width), np.float16))
     short = hashlib.sha256(kind.encode()).hexdigest()[:8]
     path = Path(folder or art.folder / "cache") / f"{art.name}-{what}-{short}.store"
     return Store(path, [f"{kind} {stamp(file)}" for file in art.files], shape, dtype, what)
-
-
-def stamp(file: Path | None) -> str:
-    """What changes when a picture does."""
-    try:
-        status = os.stat(file or "")
-    except OSError:
-        return "no such file"
-    return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
 
 
 def tower_fingerprint(model: SEVLM) -> str:
@@ -490,13 +367,13 @@ def fill_store(store: Store, art: Art, model: SEVLM, paintings: np.ndarray | Non
     missing = store.missing(part, parts)
     if paintings is not None:
         missing = missing[np.isin(missing, paintings)]
-    batches = np.split(missing, range(BATCH, len(missing), BATCH)) if len(missing) else []
     decoded = torch.utils.data.DataLoader(PictureFiles([art.files[p] for p in missing], model.config), BATCH,
                                           num_workers=workers, collate_fn=list)
     problems: dict[int, str] = {}
+    batches = [missing[first:first + BATCH].tolist() for first in range(0, len(missing), BATCH)]
     for batch, pictures in zip(batches, progress(decoded, f"storing {store.what}, x{BATCH}"), strict=True):
-        found = dict(zip(batch.tolist(), pictures, strict=True))
-        problems |= {p: pixels for p, pixels in found.items() if isinstance(pixels, str)}
+        found = dict(zip(batch, pictures, strict=True))
+        problems |= {p: picture for p, picture in found.items() if isinstance(picture, str)}
         good = [p for p in found if p not in problems]
         if good:
             pixels = torch.stack([found[p] for p in good])
@@ -513,8 +390,8 @@ def fill_store(store: Store, art: Art, model: SEVLM, paintings: np.ndarray | Non
 class Captions:
     """Every explanation of a data set as the model reads it."""
     ids: np.ndarray  # (R, L) padded
-    rows: np.ndarray  # (R, L) each token's row of the lexicon
-    labels: np.ndarray  # (R,) how many tokens are to be predicted
+    vad_rows: np.ndarray  # (R, L) where the lexicon has each token's VAD
+    predicted: np.ndarray  # (R,) how many tokens are to be predicted
     known: np.ndarray  # (R,) for how many of them the VAD is to be predicted
     cut: np.ndarray  # (R,) which sentences lost their end
 
@@ -522,13 +399,13 @@ class Captions:
 def load_captions(art: Art, model: SEVLM) -> Captions:
     """Tokenise all explanations."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, it does not warn when workers start
-    chunks = [tokenised(art, model, slice(start, start + 10_000))
-              for start in progress(range(0, max(1, len(art.texts)), 10_000), "tokenising, x10,000")]
-    return Captions(*map(np.concatenate, zip(*chunks, strict=True)))
+    parts = [captions_of(art, model, slice(start, start + 10_000))
+             for start in progress(range(0, max(1, len(art.texts)), 10_000), "tokenising, x10,000")]
+    return Captions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
-def tokenised(art: Art, model: SEVLM, part: slice) -> tuple[np.ndarray, ...]:
-    """The fields of Captions for some rows."""
+def captions_of(art: Art, model: SEVLM, part: slice) -> Captions:
+    """Of some rows."""
     text, length = model.text, model.config.length
     ids = text.encode([art.emotions[e] for e in art.emotion[part]], art.texts[part], length)
     rows, known = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -536,8 +413,10 @@ def tokenised(art: Art, model: SEVLM, part: slice) -> tuple[np.ndarray, ...]:
         rows = model.word_vad.rows(ids)
         known = (model.lexicon.values != 0).any(1)[rows] & model.in_explanation(ids, text.segments(ids))
     compact = np.uint16 if text.size <= 2**16 else np.int32
-    return (ids.numpy().astype(compact), rows.numpy().astype(np.int32), (ids[:, 1:] != text.pad).sum(1).numpy(),
-            known[:, 1:].sum(1).numpy(), ((ids[:, -1] != text.pad) & (ids[:, -1] != text.end)).numpy())
+    return Captions(
+        ids=ids.numpy().astype(compact), vad_rows=rows.numpy().astype(np.int32),
+        predicted=(ids[:, 1:] != text.pad).sum(1).numpy(), known=known[:, 1:].sum(1).numpy(),
+        cut=((ids[:, -1] != text.pad) & (ids[:, -1] != text.end)).numpy())
 
 
 # 6. Batches. A step's batch is cut into parts, one for each process and each accumulation step. Negatives are drawn
@@ -582,18 +461,17 @@ class Examples:
         self.trim = trim  # cut a batch's padding to its longest sentence
         paintings = art.paintings("train")
         paintings = paintings[usable[paintings]]
-        first = np.searchsorted(art.owner, paintings)
-        count = np.searchsorted(art.owner, paintings, side="right") - first
-        columns = np.arange(count.max(initial=1))
-        valid = columns < count[:, None]
-        emotions = np.where(valid, art.emotion[np.minimum(first[:, None] + columns, len(art.emotion) - 1)], -1)
         if drop_single_emotion:  # as the authors do
-            several = (valid & (emotions != emotions[:, :1])).any(1)
-            paintings, first, count, emotions = paintings[several], first[several], count[several], emotions[several]
+            felt = np.zeros(art.votes.shape, bool)  # (P, E)
+            felt[art.owner, art.emotion] = True
+            paintings = paintings[felt[paintings].sum(1) > 1]
         if len(paintings) == 0:
             raise UserError(f"{art.name} has no training painting with a picture and an explanation")
-        self.paintings, self.first, self.count = paintings, first, count  # (P',) the first row, how many
-        self.emotions = emotions  # (P', most rows of a painting), -1 beyond its last
+        self.paintings = paintings  # (P',)
+        self.first, end = (np.searchsorted(art.owner, paintings, side) for side in ("left", "right"))  # of its rows
+        self.count = end - self.first
+        rows = self.first[:, None] + np.arange(self.count.max())  # (P', most rows of a painting)
+        self.emotions = np.where(rows < end[:, None], art.emotion.take(rows, mode="clip"), -1)  # -1 beyond its last
         names = "\n".join(art.names[painting] for painting in paintings)
         self.fingerprint = hashlib.sha256(names.encode(errors="replace")).hexdigest()
 
@@ -607,9 +485,9 @@ class Examples:
         order, partner = rng.permutation(len(self)), rng.random(len(self))
         turn = np.random.default_rng(self.seed).integers(self.count)  # whose turn it is in epoch 0
         first = (turn + epoch) % self.count  # all annotations of a painting get their turn
-        same = self.emotions == np.take_along_axis(self.emotions, first[:, None], 1)
-        second = pick(~same & (self.emotions >= 0), partner)
         itself = np.arange(self.emotions.shape[1]) == first[:, None]
+        same = self.emotions == self.emotions[itself][:, None]
+        second = pick(~same & (self.emotions >= 0), partner)
         second = np.where(second >= 0, second, pick(same & ~itself, partner))  # all of one emotion: another voice
         second = np.where(second >= 0, second, first)  # one annotation
         return order, np.stack([first, second], 1) + self.first[:, None], rng.random((len(self), 2, 2))
@@ -641,27 +519,28 @@ class Epoch(torch.utils.data.Dataset):
         """The examples of the whole step, those of this part, and the group of each of these."""
         step, turn = divmod(index, self.accumulate)
         everyone = self.order[step * self.batch:(step + 1) * self.batch]
-        groups = np.array_split(everyone, max(1, len(everyone) // GROUP))
-        own = np.array_split(np.arange(len(groups)), self.parts * self.accumulate)[self.part * self.accumulate + turn]
-        mine = [groups[number] for number in own]
-        return everyone, np.concatenate([everyone[:0], *mine]), np.repeat(own, list(map(len, mine)))
+        groups = max(1, len(everyone) // GROUP)
+        group = np.sort(np.arange(len(everyone)) % groups)  # 0 0 0 0 1 1 1 1 ..., the first ones with what is left over
+        own = np.array_split(np.arange(groups), self.parts * self.accumulate)[self.part * self.accumulate + turn]
+        mine = np.isin(group, own)
+        return everyone, everyone[mine], group[mine]
 
     def sentences(self, mine: np.ndarray, group: np.ndarray) -> dict[str, Tensor]:
         """The two sentences of each example, with their negatives, as the model's forward pass takes them."""
         captions, text, values = self.examples.captions, self.examples.text, self.examples.values
         rows = self.pairs[mine].ravel()  # (N,)
-        length = 1 + captions.labels[rows].max() if self.examples.trim else captions.ids.shape[1]
+        length = 1 + captions.predicted[rows].max() if self.examples.trim else captions.ids.shape[1]
         ids = torch.from_numpy(captions.ids[rows, :length].astype(np.int64))
         inputs = dict(ids=ids, segments=text.segments(ids), labels=text.labels(ids))
         if values is not None:
-            inputs["vad"] = values[torch.from_numpy(captions.rows[rows, :length])]
+            inputs["vad"] = values[torch.from_numpy(captions.vad_rows[rows, :length])]
         wrong_emotion, wrong_image = negatives(self.examples.emotion[rows], group, self.chances[mine])
         return inputs | dict(wrong_emotion=torch.from_numpy(wrong_emotion), wrong_image=torch.from_numpy(wrong_image))
 
     def shares(self, mine: np.ndarray, everyone: np.ndarray, weight: float) -> dict[str, float]:
         """Of each loss's terms in the step, the share that is computed here."""
         captions, rows, all_rows = self.examples.captions, self.pairs[mine].ravel(), self.pairs[everyone].ravel()
-        shares = {"language": captions.labels[rows].sum() / max(1, captions.labels[all_rows].sum()),
+        shares = {"language": captions.predicted[rows].sum() / max(1, captions.predicted[all_rows].sum()),
                   "vad": captions.known[rows].sum() / max(1, captions.known[all_rows].sum()),
                   "contrastive": len(mine) / len(everyone)}
         return {loss: weight * float(share) for loss, share in shares.items()}
@@ -713,7 +592,6 @@ class PictureBatches(torch.utils.data.Dataset):
 # 7. What there is
 
 OWN_TOKENS = 1000  # of a small tokenizer: the toy's, or that of one's own data
-LISTED = 20  # rows or pictures that cannot be used
 
 
 def find_lexicon(art: Art, path: str | Path | None, required: bool = True) -> Lexicon | None:
@@ -737,22 +615,7 @@ def find_tokenizer(art: Art, gpt2: str, small: bool = False) -> Tokenizer:
         return read_tokenizer(find_file(gpt2, ["tokenizer.json", "vocab.json"], "--gpt2").parent)
     texts = [f"{opening} {art.texts[row]}" for row in art.rows("train")
              for opening in ("", f" the emotion is {art.emotions[art.emotion[row]]} because")]
-    made_from = repr([OWN_TOKENS, Text.ADDED, texts])
-    short = hashlib.sha256(made_from.encode()).hexdigest()[:8]
-    path = art.folder / "cache" / f"{art.name}-tokenizer-{short}" / "tokenizer.json"
-    if not path.is_file():
-        with replacing(path) as temporary:
-            train_tokenizer(texts).save(str(temporary))
-    return read_tokenizer(path.parent)
-
-
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE."""
-    tokenizer = byte_level(models.BPE())
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=OWN_TOKENS, special_tokens=["<|endoftext|>", *Text.ADDED], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer
+    return trained_tokenizer(texts, Text.ADDED, OWN_TOKENS, art.folder / "cache", art.name)
 
 
 def best_accuracy(art: Art, split: str) -> float | None:
@@ -772,16 +635,11 @@ def has_dominant_emotion(art: Art) -> np.ndarray:
 
 def overview(art: Art, lexicon: Lexicon | None) -> Iterator[str]:
     """A page about a data set."""
-    vocabulary = Counter(word for text in art.texts for word in words(text))
-    lengths = np.array([len(words(text)) for text in art.texts])
-    dominant = has_dominant_emotion(art)
+    tokens = [words(text) for text in art.texts]
+    lengths, vocabulary = np.array(list(map(len, tokens))), Counter(word for text in tokens for word in text)
     yield f"{art.name}: {len(art.texts):,} explanations of {len(art.names):,} paintings, from {art.source}"
     yield f"dropped by length   {art.dropped:,} rows\n"
-    yield "split     paintings  explained  explanations  dominant emotion  best ACC"
-    for index, split in enumerate(SPLITS):
-        inside, best = art.split == index, best_accuracy(art, split)
-        yield (f"{split:8}{inside.sum():>11,}{len(art.paintings(split)):>11,}{len(art.rows(split)):>14,}"
-               f"{(inside & dominant).sum():>18,}{f'{best:.1%}' if best else '':>10}")
+    yield aligned(split_table(art))
     counts = Counter(np.bincount(art.owner, minlength=len(art.names)).tolist())
     yield "\nannotations of a painting   " + ", ".join(f"{n}: {count:,}" for n, count in sorted(counts.items())[:8])
     yield ""
@@ -799,9 +657,17 @@ def overview(art: Art, lexicon: Lexicon | None) -> Iterator[str]:
     not_found = [name for name, file in zip(art.names, art.files, strict=True) if file is None]
     for what, items in (("rows skipped", art.problems), ("pictures not found", not_found), ("remarks", art.notes)):
         yield f"{what:28}{len(items):,}"
-        yield from (f"    {item}" for item in items[:LISTED])
-        if len(items) > LISTED:
-            yield f"    ... and {len(items) - LISTED:,} more"
+        yield from (f"    {item}" for item in first_few(items))
+
+
+def split_table(art: Art) -> list[list[str]]:
+    rows = [["split", "paintings", "explained", "explanations", "dominant emotion", "best ACC"]]
+    for index, split in enumerate(SPLITS):
+        inside, best = art.split == index, best_accuracy(art, split)
+        dominant = inside & has_dominant_emotion(art)
+        counts = inside.sum(), len(art.paintings(split)), len(art.rows(split)), dominant.sum()
+        rows.append([split, *(f"{count:,}" for count in counts), f"{best:.1%}" if best else ""])
+    return rows
 
 
 def show(art: Art, model: SEVLM, captions: Captions, count: int) -> Iterator[str]:
@@ -815,36 +681,36 @@ def show(art: Art, model: SEVLM, captions: Captions, count: int) -> Iterator[str
         names = [art.names[painting] for painting in examples.paintings[mine]]
         said = [model.text.decode(ids) for ids in inputs["ids"].tolist()]
         yield f"\n{names[0]}"
-        yield from token_table(model.text, *(inputs[name][0] for name in ("ids", "segments", "labels", "vad")
-                                             if name in inputs))
+        yield from token_table(model.text, {name: of_all[0] for name, of_all in inputs.items()})
         yield from hanging("other sentence", said[1])
-        for kind in ("wrong emotion", "wrong image"):
-            other = int(inputs[kind.replace(" ", "_")][0])
-            whose = "none in its group" if other < 0 else "the other sentence" if other == 1 else (
-                f"{said[other]} (of {names[other // 2]})")
-            yield from hanging(kind, whose)
+        partners = {sentence: f"{said[sentence]} (of {names[sentence // 2]})" for sentence in range(2, len(said))}
+        partners |= {-1: "none in its group", 1: "the other sentence"}
+        yield from hanging("wrong emotion", partners[int(inputs["wrong_emotion"][0])])
+        yield from hanging("wrong image", partners[int(inputs["wrong_image"][0])])
 
 
 def hanging(title: str, text: str) -> list[str]:
     return textwrap.wrap(text, 100, initial_indent=f"{title:16}", subsequent_indent=" " * 16)
 
 
-def token_table(text: Text, ids: Tensor, segments: Tensor, labels: Tensor, vad: Tensor | None = None) -> Iterator[str]:
-    """One sentence, token by token; a token's label is the next one, and only X carries VAD."""
-    yield f"position  {'token':16}{'segment':14}{'label':16}" + "     V      A      D" * (vad is not None)
-    name = [text.tokenizer.id_to_token(i).replace("Ġ", "␣") for i in ids.tolist()]
-    for position in range(int((ids != text.pad).sum())):
-        explains = bool(segments[position] == text.explanation)
-        label = name[position + 1] if position + 1 < len(ids) and labels[position + 1] != IGNORE else ""
-        line = f"{position:>8}  {name[position]:16}{'explanation' if explains else 'emotion':14}{label:16}"
-        if vad is not None:
-            v, a, d = (vad[position] * explains).tolist()
+def token_table(text: Text, sentence: Mapping[str, Tensor]) -> Iterator[str]:
+    """A sentence, token by token; a token's label is the next one, and only X carries VAD."""
+    ids, labels = sentence["ids"].tolist(), sentence["labels"].tolist()
+    explains = (sentence["segments"] == text.explanation).tolist()
+    yield f"position  {'token':16}{'segment':14}{'label':16}" + "     V      A      D" * ("vad" in sentence)
+    token = [text.tokenizer.id_to_token(index).replace("Ġ", "␣") for index in ids]
+    for position in range(len(ids) - ids.count(text.pad)):
+        predicts = position + 1 < len(ids) and labels[position + 1] != IGNORE
+        line = (f"{position:>8}  {token[position]:16}{'explanation' if explains[position] else 'emotion':14}"
+                f"{token[position + 1] if predicts else '':16}")
+        if "vad" in sentence:
+            v, a, d = (sentence["vad"][position] * explains[position]).tolist()
             line += f"{v:+6.2f}{a:+7.2f}{d:+7.2f}"
         yield line.rstrip()
 
 
 def add_data_options(parser: argparse.ArgumentParser, data: str | None = "toy") -> None:
-    """The flags that say where data is; data.py, metrics.py and train.py share them."""
+    """The flags that say where data is, of all programs that read a data set."""
     parser.add_argument("--data", default=data, metavar="NAME",
                         help="toy, artemis_v1, artemis_v2, or a .csv, .jsonl or .json file with image, emotion and "
                              f"explanation (default: {data})")

@@ -20,10 +20,9 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import textwrap
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -37,13 +36,13 @@ from data import Art, load_art
 from sevlm import EMOTIONS
 from support import meteor
 from support.device import choose_device, choose_precision
+from support.flags import named_flags, refuse_nonsense
+from support.names import pictures_meant
 from support.overlap import Corpus, common_subsequence, lcs_lengths
-from support.pictures import SUFFIXES, spelling
 from support.program import UserError, aligned, printable, read_json, run_program
 from support.ptb import tokenize
 from support.records import finite_only, json_records, numbers_by_name, objects_in, text_in, texts_in
 from support.scores import Intervals, Score, Scores, bootstrap, compare, how_tested, mean_score
-from support.settings import flag
 from support.text_classifier import TextClassifier, train_text_classifier
 
 # 1. evaluate
@@ -72,18 +71,19 @@ def evaluate(predictions: Mapping[str, Prediction], references: Mapping[str, Ref
     """All scores, by name. An image without a prediction is wrong for ACC and left out of the others."""
     present = np.array([image in predictions for image in references], bool)
     given = [predictions[image] for image in references if image in predictions]
-    known = [reference for image, reference in references.items() if image in predictions]
+    answered = [reference for image, reference in references.items() if image in predictions]
     explanations = [prediction.explanation for prediction in given]
     scores = {}
     if classifier:
         understood = classifier.predict(explanations)
-        for name, half in (("EA", False), ("EA (>= half)", True)):
-            scores[name] = accuracy(understood, [dominant_emotion(Counter(one.emotions), half) for one in known])
-    scores |= text_scores(explanations, [reference.explanations for reference in known], jar)
+        for name, half_is_enough in (("EA", False), ("EA (>= half)", True)):  # as the authors count, as ArtEmis does
+            felt = [dominant_emotion(Counter(one.emotions), half_is_enough) for one in answered]
+            scores[name] = accuracy(understood, felt)
+    scores |= text_scores(explanations, [reference.explanations for reference in answered], jar)
     scores["Unique"] = unique_share(explanations)
     scores["Words"] = mean_score([len(text.split()) for text in explanations])
-    if all(one.probabilities for one in given) and all(any(one.votes.values()) for one in known):
-        scores |= distribution_scores([one.probabilities for one in given], [one.votes for one in known], emotions)
+    if all(one.probabilities for one in given) and all(any(one.votes.values()) for one in answered):
+        scores |= distribution_scores([one.probabilities for one in given], [one.votes for one in answered], emotions)
     named, felt = emotions_of(predictions, references)
     if not any(named):  # plain captions: ACC counts nothing, rather than all of it as wrong
         felt = [None] * len(felt)
@@ -123,10 +123,14 @@ def bleu_scores(corpus: Corpus) -> Scores:
         correct[:, n] = of_caption[:corpus.images]
     length = corpus.length[:corpus.images]
     guessed = np.maximum(length[:, None] - np.arange(4), 0)
-    closest = [min(map(len, texts), key=lambda theirs, own=own: (abs(theirs - own), theirs))
-               for own, texts in zip(length.tolist(), corpus.references, strict=True)]
+    closest = [closest_length(own, texts) for own, texts in zip(length.tolist(), corpus.references, strict=True)]
     statistics = np.column_stack([correct, guessed, length, closest])  # (images, 4 + 4 + 1 + 1)
     return {f"BLEU-{n}": Score(statistics, partial(bleu, n=n)) for n in range(1, 5)}
+
+
+def closest_length(length: int, references: Iterable[Sequence[str]]) -> int:
+    """Of the references' lengths; the smaller one of two that are equally close."""
+    return min(map(len, references), key=lambda theirs: (abs(theirs - length), theirs))
 
 
 def bleu(sums: np.ndarray, n: int) -> np.ndarray:
@@ -224,8 +228,7 @@ def distribution_scores(probabilities: Sequence[Mapping[str, float]], votes: Seq
                         emotions: Sequence[str], bins: int = 10) -> Scores:
     """KL(votes || prediction) in nats; on images with a dominant emotion the expected calibration error (confidence
     against accuracy, bin by bin) and how often that emotion is among the two likeliest."""
-    predicted, counts = (np.array([[one.get(emotion, 0) for emotion in emotions] for one in each], float)
-                         .reshape(-1, len(emotions)) for each in (probabilities, votes))  # (images, emotions)
+    predicted, counts = matrix(probabilities, emotions), matrix(votes, emotions)  # (images, E)
     shares = counts / counts.sum(1, keepdims=True)
     surprise = np.log(np.maximum(shares, 1e-9)) - np.log(np.maximum(predicted, 1e-9))  # never infinite
     felt = [dominant_emotion(one) for one in votes]
@@ -233,12 +236,16 @@ def distribution_scores(probabilities: Sequence[Mapping[str, float]], votes: Seq
     target = np.array([emotions.index(emotion) if emotion is not None else -1 for emotion in felt], int)
     hits = np.argsort(-predicted, axis=1, kind="stable")[:, :2] == target[:, None]
     confidence = predicted.max(1, initial=0)
-    gaps = np.zeros((len(votes), bins + 1))
+    gaps = np.zeros((len(votes), bins + 1))  # an image's gap in its bin, and 1 to count it
     gaps[np.arange(len(votes)), np.minimum(bins * confidence, bins - 1).astype(int)] = confidence - hits[:, 0]
     gaps[:, -1] = 1
     return {"KL": mean_score((shares * surprise).sum(1)),
             "ECE": Score(gaps * counted[:, None], calibration_error),
             "Top-2": mean_score(hits.any(1), counted)}
+
+
+def matrix(values: Sequence[Mapping[str, float]], names: Sequence[str]) -> np.ndarray:
+    return np.array([[one.get(name, 0) for name in names] for one in values], float).reshape(-1, len(names))
 
 
 def calibration_error(sums: np.ndarray) -> np.ndarray:
@@ -297,9 +304,7 @@ def split_caption(caption: str, emotions: Sequence[str] = EMOTIONS) -> tuple[str
 
 def by_emotion(values: Any, emotions: Sequence[str], where: str) -> dict[str, float]:
     """Numbers by name of the emotion; a mere list can only be of ArtEmis's nine, in their order."""
-    if isinstance(values, list) and len(values) == len(emotions) and tuple(emotions) == EMOTIONS:
-        values = dict(zip(emotions, values, strict=True))
-    return numbers_by_name(values, emotions, where)
+    return numbers_by_name(values, emotions, where, in_order=tuple(emotions) == EMOTIONS)
 
 
 def read_predictions(path: Path, emotions: Sequence[str] = EMOTIONS) -> list[tuple[str, Prediction]]:
@@ -363,39 +368,16 @@ def from_coco(content: dict, emotions: Sequence[str], path: Path) -> dict[str, d
 
 
 def references_of(art: Art, split: str) -> dict[str, Reference]:
-    return {name: Reference(entry["emotions"], entry["explanations"],
-                            dict(zip(art.emotions, entry["votes"], strict=True)))
-            for name, entry in art.references(split).items()}
+    """Each painting's explanations with their emotions, and all of its votes."""
+    return {art.names[p]: Reference([art.emotions[art.emotion[row]] for row in art.rows_of(p)],
+                                    [art.texts[row] for row in art.rows_of(p)],
+                                    dict(zip(art.emotions, art.votes[p].tolist(), strict=True)))
+            for p in art.paintings(split)}
 
 
-def find_images(names: Iterable[str], references: Mapping[str, Reference], source: Path) -> dict[str, str]:
-    """Which images ids and file names mean, with or without folders and suffix; those of no image are listed."""
-    by_file = defaultdict(set)
-    for image, reference in references.items():
-        for parts in {path_parts(image), path_parts(reference.file or image)}:
-            by_file[parts[-1]].add((parts, image))
-    found, lost = {}, []
-    for name in names:
-        parts = path_parts(name)
-        fitting = {image for others, image in by_file.get(parts[-1], ())
-                   if all(a == b for a, b in zip(reversed(parts), reversed(others), strict=False))}
-        if name in references or len(fitting) == 1:
-            found[name] = name if name in references else fitting.pop()
-        else:
-            lost.append(f"{name} (it could be {' or '.join(sorted(fitting)[:3])})" if fitting else name)
-    if not found:
-        raise UserError(f"{source}: the references have none of its {len(lost)} images, such as {lost[0]}")
-    if lost:
-        more = [f"and {len(lost) - 20} more"] if len(lost) > 20 else []
-        title = f"{source}: {len(lost)} names fit no image of the references, or several:"
-        print(printable("\n  ".join([title, *lost[:20], *more])), file=sys.stderr)
-    return found
-
-
-def path_parts(name: str) -> tuple[str, ...]:
-    """Folders and file of a picture's name, in one spelling and without a picture's suffix."""
-    stem, suffix = os.path.splitext(spelling(name))
-    return tuple((stem if suffix.lower() in SUFFIXES else stem + suffix).split("/"))
+def images_meant(names: Iterable[str], references: Mapping[str, Reference], source: Path) -> dict[str, str]:
+    """Which images of the references ids and file names mean."""
+    return pictures_meant(names, {image: one.file or image for image, one in references.items()}, source)
 
 
 def load_references(options: argparse.Namespace
@@ -428,7 +410,7 @@ def read_only(path: Path, references: Mapping[str, Reference]) -> dict[str, Refe
     names = read_json(path)
     if not isinstance(names, list) or not names or not all(type(name) in (str, int) for name in names):
         raise UserError(f"{path}: expected a list of image names")
-    wanted = set(find_images(map(str, names), references, path).values())
+    wanted = set(images_meant(map(str, names), references, path).values())
     return {image: reference for image, reference in references.items() if image in wanted}
 
 
@@ -436,7 +418,7 @@ def load_predictions(path: Path, references: Mapping[str, Reference], wanted: Ma
                      emotions: Sequence[str], last: bool, allow_missing: bool) -> dict[str, Prediction]:
     """Predictions for those of the references that are wanted."""
     given = read_predictions(path, emotions)
-    found = find_images(dict(given), references, path)
+    found = images_meant(dict(given), references, path)
     kept = [(found[name], prediction) for name, prediction in given if found.get(name) in wanted]
     predictions = dict(kept)
     if len(predictions) < len(kept) and not last:
@@ -546,15 +528,15 @@ def table(scores: Scores, intervals: Intervals, compared: Sequence[dict[str, dic
 
 def as_json(scores: Scores, intervals: Intervals) -> dict:
     """Scores as they are, not times 100; null where there is nothing to score."""
-    counts = {name: score.images for name, score in scores.items()}
-    return finite_only({**{name: score.value for name, score in scores.items()}, "intervals": intervals,
-                        "counts": {"images": len(scores["ACC"].statistics), **counts}})
+    values = {name: score.value for name, score in scores.items()}
+    counts = {"images": len(scores["ACC"].statistics)} | {name: score.images for name, score in scores.items()}
+    return finite_only(values | {"intervals": intervals, "counts": counts})
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Score predicted emotions and explanations, or show how it is done.")
     add = parser.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="an example: what was said, then its references")
+    add("texts", nargs="*", default=[], metavar="TEXT", help="an example: what was said, then its references")
     add("--predictions", type=Path, metavar="FILE",
         help="JSON lines of image, emotion, explanation (and probabilities), or COCO results")
     add("--versus", type=Path, action="append", default=[], metavar="FILE",
@@ -579,40 +561,25 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-NEEDED = {  # what the flags behind it need
-    "predictions": ("references", "versus", "only", "text_classifier", "meteor_jar", "last", "allow_missing", "json",
-                    "per_image"),
-    "references": ("emotions",),
-    "data": ("data_root", "toy_paintings", "split", "train_ea", "glove"),
-}
-EITHER = (("references", "data"), ("text_classifier", "train_ea"), ("text_classifier", "glove"))
-
-
-def refuse_nonsense(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End with a message if what was named makes no sense together."""
-    defaults = vars(parser.parse_args([]))
-    named = [name for name, value in vars(options).items() if value != defaults[name]]
-    if options.texts:
-        if len(options.texts) < 2 or len(named) > 1:
-            parser.error("an example is what was said and one reference or more, without any flag")
-        return
-    for needed, names in NEEDED.items():
-        if idle := [name for name in names if name in named and needed not in named]:
-            parser.error(f"{flag(idle[0])} needs {flag(needed)}")
-    for one, other in EITHER:
-        if one in named and other in named:
-            parser.error(f"name {flag(one)} or {flag(other)}, not both")
-    if not (options.references or options.data) or not (options.predictions or options.train_ea):
-        parser.error("name --predictions with --references or --data; or --train-ea with --data; or an example")
+NEEDS = {  # a flag has no effect without another
+    **dict.fromkeys(("references", "versus", "only", "text_classifier", "meteor_jar", "last", "allow_missing", "json",
+                     "per_image"), "predictions"),
+    **dict.fromkeys(("data_root", "toy_paintings", "split", "train_ea", "glove"), "data"), "emotions": "references"}
+NOT_WITH = {"references": ("data",), "text_classifier": ("train_ea", "glove")}
 
 
 def main() -> None:
     parser = make_parser()
     options = parser.parse_args()
-    refuse_nonsense(parser, options)
+    named = named_flags(parser, options)
     if options.texts:
+        if len(options.texts) < 2 or len(named) > 1:
+            parser.error("an example is what was said and one reference or more, without any flag")
         print(worked_example(options.texts[0], options.texts[1:]))
         return
+    refuse_nonsense(named, NEEDS, {}, NOT_WITH)
+    if not (options.references or options.data) or not (options.predictions or options.train_ea):
+        parser.error("name --predictions with --references or --data; or --train-ea with --data; or an example")
     references, emotions, judge = load_references(options)
     if not options.predictions:
         print(credit(judge))

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
@@ -174,7 +175,7 @@ class Text:
         padding = [self.pad] * length
         sentences = [(opening[emotion] + x.ids + [self.end] + padding)[:length]
                      for emotion, x in zip(emotions, encoded, strict=True)]
-        return torch.tensor(sentences).view(-1, length)
+        return torch.from_numpy(np.array(sentences, np.int64)).view(-1, length)  # torch.tensor is slow
 
     def segments(self, ids: Tensor) -> Tensor:
         """<emotion> before the first " because", <explanation> from there on, padding included: (N, L)."""
@@ -859,7 +860,8 @@ def read_config(folder: Path) -> dict:
             if theirs else ""))
     stored = read_json(path)
     if not isinstance(stored, dict) or "sevlm" not in stored or not isinstance(stored.get("about", {}), dict):
-        raise UserError(f"{path} was not written by SEVLM")
+        asked = stored.get("ask") if isinstance(stored, dict) else None  # another system's, which says how
+        raise UserError(f"{path} was not written by SEVLM" + f"; this model answers to {asked}" * isinstance(asked, str))
     return stored
 
 

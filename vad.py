@@ -4,7 +4,7 @@ Psychologists have rated words on three scales: valence (unpleasant .. pleasant)
 and dominance (powerless .. in control). This file turns a sentence into such vectors and encodes them:
 
     1. Lexicon          the table word -> (v, a, d), read from the NRC VAD lexicon or our own small list
-    2. Lemmas           "cities" -> "city", by suffix rules and a list of irregular forms; no library
+    2. last_word        the word that a text ends in: "two quiet cities" -> "cities", for the lexicon "city"
     3. WordVAD          token ids -> rows of the lexicon, by the word spelled so far            (N, L) -> (N, L)
     4. EmotionEncoder   VAD vectors -> emotion features f^E, a transformer of width 3 (Eq. 2)   (N, L, 3)
     5. vad_loss         the emotion loss on the VAD head's predictions (Eq. 5)
@@ -27,16 +27,18 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.english import bases
 from support.files import read_tokenizer
 from support.program import UserError, printable, read_text, run_program
+from support.tokens import token_texts
 
 HERE = Path(__file__).parent
 OUR_LEXICON = HERE / "toy" / "lexicon.txt"
 OUR_TOKENIZER = HERE / "examples" / "toy"
-EXCEPTIONS = HERE / "support" / "lemmas.txt"
 
 
-# 1. Lexicon
+# 1. Lexicon. The authors ask WordNet for a word's base form; ours is the first that the lexicon knows of those that the
+# rules of support/english.py make.
 
 @dataclass
 class Lexicon:
@@ -62,12 +64,12 @@ def read_lexicon(path: str | Path) -> Lexicon:
 def parse_lexicon(text: str, path: str | Path) -> Lexicon:
     """NRC VAD v1 (0..1), its bipolar version (-1..1) or v2 (-1..1), told apart by their content."""
     lines = text.split("\n")
-    header = [cell.strip().lower() for cell in lines[0].split("\t")]
-    has_header = header[1:] == ["valence", "arousal", "dominance"]
-    is_v2 = has_header and header[0] == "term"
+    first_cell, *titles = [cell.strip().lower() for cell in lines[0].split("\t")]
+    has_header = titles == ["valence", "arousal", "dominance"]
+    is_v2 = has_header and first_cell == "term"
     rated, phrases = {}, 0
-    for number, line in enumerate(lines[has_header:], 1 + has_header):
-        if not line.strip():
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or number == 1 and has_header:
             continue
         try:
             word, *numbers = line.split("\t")
@@ -90,93 +92,24 @@ def parse_lexicon(text: str, path: str | Path) -> Lexicon:
     return Lexicon(rows, torch.cat([torch.zeros(1, 3), values]), phrases, text)
 
 
-# 2. Lemmas. The authors ask WordNet for a word's base form. Ours is the first that the lexicon knows of those that a
-# rule makes, likeliest first. Of the 10,000 most frequent English words 99.85% then get what WordNet says if the
-# lexicon has all of WordNet's words, 99.6% if it has a random 60% (tests/lemmas_against_wordnet.py). As in WordNet,
-# adverbs in -ly are words of their own.
-#
-# A rule says what a word looks like and what it may be a form of. Only the first that fits a word is applied.
+# 2. The last word of a text
 
-RULES = [(re.compile(pattern), results) for pattern, results in (
-    (r"(.)ies", r"\1ie"),  # ties
-    (r"(.+)ies", r"\1y \1ie"),  # cities, movies
-    (r"(.+(?:ss|x|zz|ch|sh))es", r"\1 \1e"),  # boxes, aches
-    (r"(.+[szo])es", r"\1e \1"),  # houses, heroes
-    (r"(.+[^s])s", r"\1"),  # trees
-    (r"(.+)men", r"\1man"),  # women
-    (r"(.)(?:ied|ying)", r"\1ie"),  # dying
-    (r"(.+)(?:ied|ier|iest)", r"\1y"),  # carried, happier
-    (r"(.+l)l(?:ed|ing)", r"\1l \1"),  # calling, travelling
-    (r"(.+([bdgkmnprtv]))\2(?:ed|ing)", r"\1 \1\2"),  # putting, adding
-    (r"([^aeiouy]+[aeiouy][^aeiouwxy])(?:ed|ing)", r"\1e"),  # hoping: "hop" would double its last letter
-    (r"(.*(?:[^aeiou][aeiou][^aeiouwxy]|[^s]s|[cvz]|th))(?:ed|ing)", r"\1e \1"),  # admired, opened, loving
-    (r"(...+)(?:ed|ing)", r"\1 \1e"),  # singing, dancing, looked
-    (r"(.+([^aeiou]))\2e(?:r|st)", r"\1 \1\2"),  # bigger, taller
-    (r"(.+)e(?:r|st)", r"\1 \1e"),  # darkest, larger
-)]
-COMPARED = re.compile(r".*[^i]e(r|st)")  # "bigger", but "corner" is not "corn"; "happier" needs no further check
-CLITIC = re.compile(r"(n't|'\w*)$")  # "the child's", "didn't", "they're"
-SHORTEST = 3  # letters of a base: "his" is no plural of "hi"
+SEPARATOR = re.compile(r"[^\w'’\udc80-\udcff]|_")  # what no word contains; U+DC80 and on are the bytes of a cut letter
+LAST_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*(?='*$)")  # not the quotes around it
 
 
-@cache
-def exceptions() -> tuple[dict[str, str], set[str]]:
-    """Irregular forms with their bases, and the adjectives that -er and -est are taken from; the file explains."""
-    irregular, compared = {}, set()
-    for line in EXCEPTIONS.read_text(encoding="utf-8").splitlines():
-        base, _, forms = line.partition("#")[0].partition(":")
-        if base == "-er -est":
-            compared.update(forms.split())
-        else:
-            irregular.update((form, form if base == "itself" else base) for form in forms.split())
-    return irregular, compared
-
-
-def bases(word: str) -> list[str]:
-    """What a lower-case word may be a form of, likeliest first. An irregular form has one base and no other."""
-    irregular, compared = exceptions()
-    if word in irregular:
-        return [irregular[word]]
-    if clitic := CLITIC.search(word):
-        host = word[:clitic.start()]
-        return [host, *bases(host)]
-    fitting = (match.expand(results) for pattern, results in RULES if (match := pattern.fullmatch(word)))
-    found = [base for base in next(fitting, "").split() if len(base) >= SHORTEST]
-    if COMPARED.fullmatch(word):
-        found = [base for base in found if base in compared]
-    return found
+def last_word(text: str) -> str:
+    """The lower-case word that a text ends in, or "": the quiet 'Sea' -> sea."""
+    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")  # cut letters become whole
+    found = LAST_WORD.search(whole.lower().replace("’", "'"))
+    return found[0] if found else ""
 
 
 # 3. WordVAD. A token has the VAD of the word spelled so far, from the last word start through this token:
 # after " melan" the word is "melan", after "choly" it is "melancholy". The rule looks only back, so training
 # and decoding see the same values. Special tokens and unknown words have row 0.
 
-SEPARATOR = re.compile(r"[^\w'’\udc80-\udcff]|_")  # what no word contains
-LAST_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*(?='*$)")  # not the quotes around it
 CHUNK = 1000  # sentences at once: they fit a processor's cache, and all of ArtEmis takes 3 s instead of 5
-
-
-def token_texts(tokenizer: Tokenizer) -> list[str]:
-    """What each token of a byte-level BPE spells; bytes that are no whole letter become U+DC80..U+DCFF."""
-    # Byte-level BPE writes the 188 printable bytes as themselves and the others as U+0100, U+0101, ...
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-    special, vocabulary = tokenizer.get_added_tokens_decoder(), tokenizer.get_vocab()
-    texts = ["\n"] * (max(vocabulary.values()) + 1)  # special tokens separate words, as a line break does
-    for token, index in vocabulary.items():
-        if index not in special:
-            if not byte_of.keys() >= set(token):
-                raise UserError(f"the tokenizer is no byte-level BPE as GPT-2's: it has a token {token!r}")
-            texts[index] = bytes(byte_of[letter] for letter in token).decode("utf-8", "surrogateescape")
-    return texts
-
-
-def last_word(text: str) -> str:
-    """The lower-case word that a text ends in, or "": the quiet 'Sea' -> sea."""
-    whole = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")  # pieces become letters
-    found = LAST_WORD.search(whole.lower().replace("’", "'"))
-    return found[0] if found else ""
 
 
 class WordVAD:
@@ -191,7 +124,7 @@ class WordVAD:
         self.values = lexicon.values
         self.texts = token_texts(tokenizer)
         self.separates = [each_token_alone or bool(SEPARATOR.search(text)) for text in self.texts]
-        self.row = cache(lambda state: lexicon.row(last_word(state)))
+        self.row = cache(lambda state: lexicon.row(last_word(state)))  # of the lexicon; 0 where it lacks the word
 
     def begin(self, count: int) -> list[str]:
         """The states of sentences without any token."""
@@ -203,13 +136,9 @@ class WordVAD:
         return [texts[token] if separates[token] else state + texts[token]
                 for state, token in zip(states, tokens, strict=True)]
 
-    def look_up(self, states: Sequence[str]) -> list[int]:
-        """The lexicon's rows of the words so far, 0 where a word is not known."""
-        return list(map(self.row, states))
-
     def vad(self, states: Sequence[str]) -> Tensor:
         """The VAD of the words so far: (n, 3)."""
-        return self.values[self.look_up(states)]
+        return self.values[list(map(self.row, states))]
 
     def rows(self, ids: Tensor | np.ndarray) -> Tensor:
         """The lexicon's rows for each token of whole sentences: (N, L) -> (N, L)."""
@@ -219,7 +148,7 @@ class WordVAD:
             states = self.begin(len(ids[some]))
             for step, tokens in enumerate(ids[some].T.tolist()):
                 states = self.extend(states, tokens)
-                rows[some, step] = self.look_up(states)
+                rows[some, step] = list(map(self.row, states))
         return torch.from_numpy(rows)
 
 

@@ -40,8 +40,10 @@ def texts_in(record: Any, name: str, where: str) -> list[str]:
     return texts
 
 
-def numbers_by_name(values: Any, names: Sequence[str], where: str) -> dict[str, float]:
-    """A number for each name, 0 or more; 0 for a name that is not there."""
+def numbers_by_name(values: Any, names: Sequence[str], where: str, in_order: bool = False) -> dict[str, float]:
+    """A number for each name, 0 or more; 0 for a name that is not there. A list of them is taken only `in_order`."""
+    if in_order and isinstance(values, list) and len(values) == len(names):
+        values = dict(zip(names, values, strict=True))
     if not isinstance(values, dict) or not values.keys() <= set(names):
         raise UserError(f"{where}: expected a number for each of {', '.join(names)}, by name")
     for name, value in values.items():

@@ -95,6 +95,15 @@ class Store:
         return entries
 
 
+def stamp(file: Path | None) -> str:
+    """Of a file that an entry is made from: changes when the file does."""
+    try:
+        status = os.stat(file or "")
+    except OSError:
+        return "no such file"
+    return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
+
+
 def reserve(file: BinaryIO, size: int) -> None:
     """Give an open file its size with space on the disk, by writing zeros where the system cannot just allocate it."""
     if hasattr(os, "posix_fallocate"):

@@ -45,10 +45,10 @@ from data import (
     negatives,
     open_store,
     read_rows,
-    whole_votes,
 )
 from sevlm import EMOTIONS, SEVLM, Config, Text, initialise, load_pixels, normalise
 from support import store as store_module
+from support.annotations import whole_numbers
 from support.english import clean, words
 from support.pictures import MOST_PIXELS, BadPicture, index_pictures, open_picture, picture_files, spelling, squared
 from support.program import UserError
@@ -199,6 +199,10 @@ def v1_folder(tmp_path):
     return tmp_path
 
 
+def texts_of(art: Art, name: str) -> list[str]:
+    return [art.texts[row] for row in art.rows_of(art.names.index(name))]
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -214,10 +218,10 @@ def test_preprocessed_file_is_used_as_it_is(v1_folder):
     (v1_folder / V1_FILE).write_text(HEADER + "Cubism,x,awe,one,5\nCubism,x,fear,two,5\nCubism,x,fear,three,5\nCubism,other,awe,four,5\n")
     art = load_art("artemis_v1", v1_folder, pictures=False)
     assert art.source == PREPROCESSED_FILE and art.dropped == 0
-    assert art.references("test")["Cubism/x"]["explanations"] == ["the man 's\u2028eyes\nhere", "so"]
-    assert art.references("train")["Cubism/z"]["explanations"] == ["last"], "line breaks have shifted the texts"
+    assert texts_of(art, "Cubism/x") == ["the man 's\u2028eyes\nhere", "so"]
+    assert texts_of(art, "Cubism/z") == ["last"], "line breaks have shifted the texts"
     assert [problem.split(": ")[1] for problem in art.problems] == [
-        "split is 'tset'", "Cubism/x is in train here, but in test before"]
+        "Cubism/x is in train here, but in test before", "split is 'tset'; there are train, val, test, rest"]
     assert art.votes[0, EMOTIONS.index("fear")] == 2 and art.votes[0].sum() == 3  # of the raw file's annotations
     with pytest.raises(UserError, match="is of ArtEmis v1"):
         load_art("artemis_v2", v1_folder, pictures=False)
@@ -234,8 +238,9 @@ def test_the_authors_json(v1_folder):
     art = load_art("artemis_v1", v1_folder, pictures=False)
     assert art.names == ["Cubism/test.x", "Cubism/train.x", "Cubism/val.x"] and len(art.problems) == 8
     assert all(problem.startswith("artEmisX_val.json, id ") for problem in art.problems)
-    assert art.references("test") == {"Cubism/test.x": {"emotions": ["awe", "fear"], "explanations": ["so\nwide", "so dark\u2028test"],
-                                                        "votes": [0, 1, 0, 0, 0, 0, 1, 0, 0]}}
+    [test] = art.paintings("test")
+    assert test == 0 and texts_of(art, art.names[0]) == ["so\nwide", "so dark\u2028test"]
+    assert [art.emotions[e] for e in art.emotion[art.rows("test")]] == ["awe", "fear"] and art.votes[0].tolist() == [0, 1, 0, 0, 0, 0, 1, 0, 0]
     (v1_folder / JSON_FILES["val"]).write_text("[]")
     with pytest.raises(UserError, match="artEmisX_val.json: expected an object"):
         load_art("artemis_v1", v1_folder, pictures=False)
@@ -248,7 +253,7 @@ def test_votes_come_back_from_their_shares(kind):
     votes = rng.multinomial(rng.integers(1, 120, 500), np.full(9, 1 / 9))
     votes[0], votes[1] = [7, 7, 0, 0, 0, 0, 0, 0, 0], [3, 2, 1, 0, 0, 0, 0, 0, 0]
     shares = (votes / votes.sum(1, keepdims=True)).astype(kind)
-    found = whole_votes(shares * (1 + 1e-7))
+    found = whole_numbers(shares * (1 + 1e-7))
     common = np.gcd.reduce(votes, axis=1, keepdims=True)
     assert np.array_equal(found, votes // common)
     assert 2 * found[0].max() == found[0].sum()
@@ -287,7 +292,7 @@ def test_own_data_of_each_format(tmp_path, suffix):
     art = load_art(str(mine(tmp_path, ROWS, suffix)))
     assert art.name == f"mine{suffix}" and art.problems == [] and None not in art.files
     assert art.emotions == ("awe", "quiet joy", "zest"), "ArtEmis's first, the others by alphabet"
-    assert len(art.names) == 40 and art.texts[art.rows_of(art.names.index("pictures/deep/4.png"))[0]] == "it is so awe is not it"
+    assert len(art.names) == 40 and texts_of(art, "pictures/deep/4.png") == ["it is so awe is not it"]
     assert np.bincount(art.split).tolist() == [20, 10, 10]
     assert art.notes == ["val has only 10 paintings: its scores mean little", "test has only 10 paintings: its scores mean little"]
 
@@ -348,7 +353,7 @@ def test_rows_of_ones_own_that_cannot_be_used(tmp_path, change, problem):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("a;b\n1;2\n", r"mine.csv needs columns image, emotion and explanation \(or ArtEmis's .*\); it has a;b"),
+    ("a;b\n1;2\n", "mine.csv needs columns image or painting, emotion, explanation or utterance; it has a;b"),
     ("image,emotion,explanation\n", "mine.csv has 0 emotions; there must be 2 to 40"),
     ("image,emotion,explanation\na.png,joy,one\na.png,joy,two\na.png,,x\n",
      r"mine.csv has 1 emotions \(joy\); .*1 rows cannot be used: mine.csv, line 4: blank emotion"),
@@ -698,9 +703,9 @@ def test_captions(toy, small_model):
         ids = captions.ids[row].tolist()
         sentence = f"the emotion is {EMOTIONS[toy.emotion[row]]} because {toy.texts[row]}"
         assert captions.cut[row] or text.decode(ids) == sentence
-        assert captions.labels[row] == sum(i != text.pad for i in ids) - 1
+        assert captions.predicted[row] == sum(i != text.pad for i in ids) - 1
         found = small_model.word_vad.rows(torch.tensor([ids]))[0]
-        assert np.array_equal(captions.rows[row], found)
+        assert np.array_equal(captions.vad_rows[row], found)
         start = ids.index(text.because)
         assert captions.known[row] == sum(small_model.lexicon.values[found[at]].any() for at in range(start, len(ids)))
     small_model.config.length = 12

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models
 
 import vad
 from support.program import UserError
-from vad import OUR_LEXICON, EmotionEncoder, Lexicon, WordVAD, parse_lexicon, read_lexicon, token_texts, vad_loss
+from support.tokens import token_texts
+from vad import OUR_LEXICON, EmotionEncoder, Lexicon, WordVAD, parse_lexicon, read_lexicon, vad_loss
 
 ROOT = Path(__file__).parents[1]
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
