@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 
-from support.pages import bar_chart, bars, chart, escape, matrix, page, table
+from support.pages import bar_chart, bars, chart, data_uri, escape, fill, matrix, page, table
+from support.pictures import BadPicture, open_picture
 from support.scores import Scores, bootstrap, pooled
 
 
@@ -54,9 +56,10 @@ def smoothed(points: Sequence[tuple[float, float]], most: int = 240) -> list[tup
     return [tuple(part.mean(0)) for part in parts]
 
 
-def curves(records: Sequence[Mapping], scores: Mapping[str, Sequence[str]]) -> str:
-    """Of a log: each loss by step, and under each title the percentages of the validation scores it names."""
-    steps, validations = ([record for record in records if key in record] for key in ("losses", "validation"))
+def training(log: Sequence[Mapping], scores: Mapping[str, Sequence[str]], stories: Iterable[str]) -> str:
+    """That part of the page, if there is a log: each loss by step, the validation scores named under each title, as
+    percentages, and cards."""
+    steps, validations = ([record for record in log if key in record] for key in ("losses", "validation"))
     charts = []
     for name in steps[0]["losses"] if steps else ():
         points = [(record["step"], record["losses"][name]) for record in steps]
@@ -65,23 +68,42 @@ def curves(records: Sequence[Mapping], scores: Mapping[str, Sequence[str]]) -> s
         lines = {name: [(record["step"], 100 * record["validation"][name]) for record in validations
                         if record["validation"].get(name) is not None] for name in names}
         charts.append(chart(f"{title}, validation", lines))
-    return f'<div class="charts">{"".join(charts)}</div>'
+    return (f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>'
+            f'<h2>The same pictures as training goes on</h2>{"".join(stories)}') if log else ""
 
 
-def story_card(title: str, picture: str | None, shares: Iterable[tuple[str, float, str]],
-               told: Iterable[tuple[int, str, str]]) -> str:
-    """A picture (as a data URI), the last bars, and what was said at some steps: (step, in bold, the rest)."""
-    image = f'<img alt="" src="{picture}">' if picture else ""
+def story_card(title: str, picture: Path | None, shares: Mapping[str, float], colours: Mapping[str, str],
+               told: Sequence[tuple[int, str, str]]) -> str:
+    """A picture, its four largest shares, and what was told of it at up to eight steps: (step, in bold, the rest)."""
+    try:
+        image = f'<img alt="" src="{data_uri(open_picture(picture, 240), 240)}">'
+    except BadPicture:
+        image = ""
+    likely = sorted(shares.items(), key=lambda pair: -pair[1])[:4]
+    shown = [told[place] for place in np.linspace(0, len(told) - 1, min(8, len(told))).astype(int)]
+    levels = bars((name, share, colours[name]) for name, share in likely)
     lines = "".join(f"<li><small>{step:,}</small> <b>{escape(first)}</b> {escape(rest)}</li>"
-                    for step, first, rest in told)
-    return (f'<article class="card sample">{image}<div><h3>{escape(title)}</h3>{bars(shares)}'
+                    for step, first, rest in shown)
+    return (f'<article class="card sample">{image}<div><h3>{escape(title)}</h3>{levels}'
             f'<ol class="story">{lines}</ol></div></article>')
+
+
+# The card of a model that is passed on, in Markdown
+
+def card(title: str, tags: str, about: str, facts: Mapping, scores: Sequence[Sequence[str]], remarks: Sequence[str],
+         use: str, settings: Mapping) -> str:
+    return fill("card.md", title=title, tags=tags, about=about, facts=bullets(facts), scores=markdown(scores),
+                remarks=" ".join(remarks), use=use, settings=bullets(settings))
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table whose first row is its head."""
     head, *body = rows
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))
+
+
+def bullets(facts: Mapping) -> str:
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
 
 
 # Scores side by side; `display` says how the score of a name is written
@@ -141,3 +163,10 @@ def comparison_charts(found: Mapping[str, Mapping[str, Mapping]]) -> str:
     charts = [bar_chart(name, {system: (100 * scores[name]["value"], *(100 * end for end in scores[name]["interval"]))
                                for system, scores in found.items()}) for name in first]
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def comparison_page(title: str, note: str, tables: Mapping[str, tuple[Mapping, Sequence[Sequence[str]]]]) -> str:
+    """Under each heading what `side_by_side` found, as charts, and its rows."""
+    parts = [f"<h2>{escape(heading)}</h2>{comparison_charts(found)}{table(rows)}"
+             for heading, (found, rows) in tables.items()]
+    return page(title, f"<h1>{escape(title)}</h1><p>{escape(note)}</p>" + "".join(parts))

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event
 
@@ -25,15 +25,16 @@ from support.program import UserError, first_line, parse_json, read_json, replac
 LOGS = ("log.jsonl", "samples.jsonl")
 
 
-def make_folder(folder: Path, fill: Callable[[Path], None], numbered: bool = False) -> Path:
-    """A folder with all that `fill` puts into it, or none: of two programs that want a name one gets it.
+def make_folder(folder: Path, files: Mapping[str, str | dict], numbered: bool = False) -> Path:
+    """A folder with these files, of text or JSON, or none: of two programs that want a name one gets it.
 
     `numbered`: if the name is taken, it is followed by -2, -3, ...
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        fill(temporary)
+        for name, content in files.items():
+            (write_text if isinstance(content, str) else write_json)(temporary / name, content)
         for number in itertools.count(1):
             wanted = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
             try:
@@ -47,6 +48,10 @@ def make_folder(folder: Path, fill: Callable[[Path], None], numbered: bool = Fal
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def json_lines(records: Iterable[dict]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 class Run:
     """A run's folder. Of several processes one writes; for the others `writes` is False and nothing happens."""
 
@@ -56,10 +61,8 @@ class Run:
     @classmethod
     def begin(cls, folder: Path, plan: dict, private: Sequence[str] = (), numbered: bool = False) -> "Run":
         """A new folder that knows what is to be done in it."""
-        def fill(new: Path) -> None:
-            write_json(new / "state" / "plan.json", plan)
-            write_text(new / ".gitignore", "".join(f"/{name}\n" for name in ("state/", *private)))
-        return cls(make_folder(folder, fill, numbered))
+        files = {"state/plan.json": plan, ".gitignore": "".join(f"/{name}\n" for name in ("state/", *private))}
+        return cls(make_folder(folder, files, numbered))
 
     @property
     def plan_file(self) -> Path:
@@ -106,7 +109,7 @@ class Run:
         """A line for each record, written at once."""
         if self.writes:
             with open(self.folder / log, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(record) + "\n" for record in records))
+                file.write(json_lines(records))
 
     def records(self, log: str) -> list[dict]:
         path = self.folder / log

@@ -49,9 +49,10 @@ class World:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
-    def compute_in(self, precision: str, width: int) -> None:
-        """Choose the precision for layers of this width; what the first process measures holds for all."""
-        dtype, why = choose_precision(precision, self.device, width)
+    def compute_in(self, precision: str, width: int, before: str = "") -> None:
+        """Choose the precision for layers of this width; "auto" keeps the one from `before`, if there was one, or
+        measures. What the first process measures holds for all."""
+        dtype, why = choose_precision(before if before and precision == "auto" else precision, self.device, width)
         name = next(name for name, one in PRECISIONS.items() if one == dtype)
         name, self.why = self.share([name, why])
         self.dtype = PRECISIONS[name]
@@ -59,6 +60,12 @@ class World:
     @property
     def precision(self) -> str:
         return next(name for name, dtype in PRECISIONS.items() if dtype == self.dtype)
+
+    @property
+    def place(self) -> str:
+        """Where and how it computes, for people."""
+        others = f" and {self.size - 1} more" * (self.size > 1)
+        return f"{self.device}{others}, in {self.precision} ({self.why})"
 
     def autocast(self) -> torch.autocast:
         return autocast(self.device, self.dtype)

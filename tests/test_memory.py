@@ -10,6 +10,7 @@ from torch import nn
 from sevlm import SEVLM
 from support.device import autocast
 from support.memory import live_bytes, peak_bytes, python_peak, step_memory
+from train import made_up_batch
 
 INNER, WIDTH = 300, 50
 
@@ -23,12 +24,8 @@ def step_of(model: nn.Module, items: int) -> None:
 
 
 def sevlm_loss(model: SEVLM, items: int) -> torch.Tensor:
-    config = model.config
-    shape = (3, config.image_size, config.image_size) if config.train_tower else (config.patches, config.tower_width)
-    data = model.sentence(["awe", "fear"] * items, ["the quiet sea " * 10] * 2 * items)
-    index = torch.arange(2 * items, device=model.device)
-    data |= {"labels": model.text.labels(data["ids"]), "wrong_emotion": index ^ 1, "wrong_image": index.roll(2)}
-    return model(torch.ones(items, *shape, device=model.device), **data).losses["total"]
+    pictures, data = made_up_batch(model, items, "the quiet sea " * 10, model.config.length)
+    return model(pictures, **data).losses["total"]
 
 
 def sevlm_step(model: SEVLM, items: int, dtype: torch.dtype) -> None:

@@ -116,7 +116,7 @@ def test_overfits_four_paintings_to_their_sentences(toy, tmp_path):
     captions = load_captions(toy, model)
     own = Captions(*(getattr(captions, field.name)[rows] for field in dataclasses.fields(Captions)))
     examples = Examples(four, own, model.text, model.lexicon.values, pictures.store, pictures.usable, seed=0)
-    learner = train.Learner(model, settings, world)
+    learner = train.Learner(model, settings, world, train.parameter_groups(model, settings))
     for number in range(120):
         learner.step([examples.epoch(number, 4)[0]], 1.0)
     model.eval()
@@ -244,14 +244,11 @@ def test_ten_in_a_row_end_the_run_and_leave_the_last_good_state(call, monkeypatc
     assert len(state) > 10 and all(bool(tensor.isfinite().all()) for tensor in state.values())
 
 
-def test_weights_that_are_no_numbers_never_replace_good_ones(run, call, tmp_path):
-    folder, _ = run("--validate-every", "1", "--epochs", "1")
-    good = (folder / "model.safetensors").stat().st_size
+def test_weights_that_are_no_numbers_never_replace_good_ones(call, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         call("--name", "hot", "--lr", "1e38", "--vad-lr", "1e38", "--validate-every", "1")
     for file in (tmp_path / "hot").rglob("*.safetensors"):
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values()), file
-    assert good > 0
 
 
 def test_without_any_number_the_last_weights_are_kept_and_it_is_said(run, monkeypatch, capsys):
@@ -625,13 +622,12 @@ def test_own_data_and_own_emotions_train_small_and_from_a_run(call, run, own_dat
     small = ["--data", own_data, "--lexicon", ROOT / "toy" / "lexicon.txt"]
     call("--name", "mine", *small, "--small", "--epochs", "1")
     model = load(tmp_path / "mine")
-    assert model.config.emotions == ("fear", "anger", "sadness", "quiet joy") or set(model.config.emotions) == {"fear", "anger", "sadness", "quiet joy"}
+    assert set(model.config.emotions) == {"fear", "anger", "sadness", "quiet joy"}
     assert model.about == {"data": "mine.csv"}
     toy_run, _ = run("--epochs", "1")
-    start = [*small, "--from", toy_run, "--no-train-tower"]
     call("--name", "tuned", *small[:2], "--from", toy_run, "--lr", "1e-9", "--vad-lr", "1e-9", "--epochs", "1")
     tuned, before = load(tmp_path / "tuned"), load(toy_run)
-    assert set(tuned.config.emotions) == set(model.config.emotions) and start
+    assert set(tuned.config.emotions) == set(model.config.emotions)
     for name, tensor in before.state_dict().items():
         assert torch.allclose(tensor, tuned.state_dict()[name], atol=1e-5), name
     both = ("anger", "sadness")  # what a label of both says is what it said before
