@@ -2,35 +2,36 @@
 painting, show_attend_tell.py or meshed_memory.py writes a sentence for it, in whole words, not tokens.
 
     1. Settings         those that both have
-    2. Words            a vocabulary; what annotators wrote
+    2. Words            a vocabulary, what annotators wrote, how a beam goes on
     3. Features         of a frozen ResNet or of a vision tower of ours, stored once
-    4. Answers          for the first stage's emotions and for the annotators' own, on disk and scored
-    5. A run            from settings to scores; goes on where it stopped
+    4. A captioner      made ready, trained, asked
+    5. A run            answers for the first stage's emotions and for the annotators' own, on disk and scored
 """
 import argparse
 import dataclasses
-import hashlib
-import json
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data import Art, add_data_options, art_of, fill_store, open_store
-from metrics import as_json, display, evaluate, read_predictions, references_of, text_classifier_of
-from related.emotion_classifier import Pictures, load_trunk, normalise, pixels_of, read_logits, squashed_pictures
-from related.training import Machine, finish, gflop_of, opened, parameters_of
+from metrics import Prediction, as_json, display, evaluate, references_of, text_classifier_of
+from related.emotion_classifier import load_trunk, read_logits
+from related.resnet import Pictures, feature_maps
+from related.training import Machine, decides, finish, gflop_of, opened, parameters_of, results_of, seconds_of
 from sevlm import load_model
 from support.english import words
-from support.program import UserError, aligned, progress, read_json, write_text
+from support.program import UserError, aligned, progress, write_text
 from support.run import Run
 from support.scores import bootstrap
 from support.settings import add_flags, check, given, option
-from support.store import Store
+from train import write_predictions
 
 GROUNDINGS = ("predicted", "annotated")  # whose emotion is explained: the first stage's, or the annotators' (an oracle)
 
@@ -71,9 +72,24 @@ class Vocabulary:
     def ids(self, words: Iterable[str]) -> list[int]:
         return [self.index.get(word, self.unknown) for word in words]
 
+    def write(self, folder: Path) -> None:
+        write_text(folder / "words.txt", "".join(f"{word}\n" for word in self.words))
+
     def text(self, ids: Iterable[int], without: Iterable[int] = ()) -> str:
         """Words joined by blanks, but for the ids `without`."""
         return " ".join(self.words[i] for i in ids if i not in without)
+
+
+def frequent(texts: Iterable[Sequence[str]], least: int) -> dict[str, int]:
+    """The words that occur at least so often, in order of first appearance, and how often they do."""
+    counts = Counter(itertools.chain.from_iterable(texts))
+    return {word: count for word, count in counts.items() if count >= least}
+
+
+def best_continuations(scores: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of all words after all beams (..., beams, V): their scores, beams and words, (..., new beams) each."""
+    best, places = scores.flatten(-2).topk(beams)
+    return best, places // scores.shape[-1], places % scores.shape[-1]
 
 
 @dataclass
@@ -84,13 +100,16 @@ class Utterances:
     words: list[list[str]]  # (R,)
 
 
-def utterances_of(art: Art, split: str, usable: np.ndarray) -> Utterances:
-    """The rows of a split's paintings, as far as these are usable (P,)."""
-    rows = art.rows(split)
-    rows = rows[usable[art.owner[rows]]]
-    if len(rows) == 0:
-        raise UserError(f"{art.source} has no explanations for {split} whose pictures can be used")
-    return Utterances(art.owner[rows], art.emotion[rows], [words(art.texts[row]) for row in rows])
+def utterances_of(art: Art, usable: np.ndarray) -> dict[str, Utterances]:
+    """Those to train on and to validate on, of paintings that are usable (P,)."""
+    found = {}
+    for split in ("train", "val"):
+        rows = art.rows(split)
+        rows = rows[usable[art.owner[rows]]]
+        if len(rows) == 0:
+            raise UserError(f"{art.source} has no explanations for {split} whose pictures can be used")
+        found[split] = Utterances(art.owner[rows], art.emotion[rows], [words(art.texts[row]) for row in rows])
+    return found
 
 
 # 3. Features
@@ -99,121 +118,119 @@ def stored_features(art: Art, settings: Captioning, machine: Machine) -> Picture
     """What a model that does not learn makes of every painting: the pixels of a map, or patches, (P, C) fp16."""
     if settings.features == "clip":
         return tower_features(art, settings.weights, machine)
-    return resnet_features(art, load_trunk(settings.weights, layers=settings.layers), settings.side, machine)
+    return feature_maps(art, load_trunk(settings.weights, layers=settings.layers), settings.side, machine)
 
 
-def resnet_features(art: Art, trunk: nn.Sequential, side: int, machine: Machine) -> Pictures:
-    pictures, trunk = squashed_pictures(art, side), trunk.eval().to(machine.device)
-    digest = hashlib.sha256()
-    for tensor in trunk.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    made = f"resnet {digest.hexdigest()[:16]} of {side}"
-
-    @torch.no_grad()
-    def encode(paintings: np.ndarray) -> np.ndarray:
-        with machine.autocast():
-            maps = trunk(normalise(pictures.of(paintings, machine.device)))
-        return pixels_of(maps).half().cpu().numpy()
-
-    shape = encode(np.flatnonzero(pictures.usable)[:1]).shape[1:]
-    stamps = [f"{made} {mark.tobytes().hex()}" for mark in pictures.store.marks]  # changed pictures have other marks
-    store = Store(art.folder / "cache" / f"{art.name}-{made.replace(' ', '-')}.store", stamps, shape, np.float16,
-                  "feature maps")
-    missing = np.flatnonzero(pictures.usable & ~store.done)
-    for part in progress(np.array_split(missing, 1 + len(missing) // 64), "feature maps, x64"):
-        if len(part):
-            store.put(part, encode(part))
-    cost = gflop_of(lambda: encode(np.flatnonzero(pictures.usable)[:1]))
-    return Pictures(store, pictures.usable, parameters_of(trunk), cost)
-
-
+@torch.no_grad()
 def tower_features(art: Art, source: str, machine: Machine) -> Pictures:
-    model = load_model(source).to(machine.device)
+    model = load_model(source, "--weights").to(machine.device)
     model.config = dataclasses.replace(model.config, train_tower=False)  # trained or not, it is done: store features
     store = open_store(art, model)
     problems = fill_store(store, art, model, dtype=machine.dtype)
     usable = np.array([painting not in problems for painting in range(len(art.names))])
-    side = model.config.image_size
-    cost = gflop_of(lambda: model.encode_image(torch.zeros(1, 3, side, side, device=machine.device)))
-    return Pictures(store, usable, parameters_of(model.tower), cost)
+    blank = torch.zeros(16, 3, model.config.image_size, model.config.image_size, device=machine.device)
+    with machine.autocast():
+        cost, seconds = gflop_of(lambda: model.encode_image(blank[:1])), seconds_of(lambda: model.encode_image(blank))
+    return Pictures(store, usable, parameters_of(model.tower), cost, seconds / len(blank))
 
 
-# 4. Answers
+# 4. A captioner
 
-def emotions_for(art: Art, paintings: np.ndarray, classifier: str | Path
+class Captioner:
+    """Is made ready before a run begins, so that whatever is missing is said first; then it is trained, then asked.
+
+    Each kind says how in `__init__(art, settings, machine)`, `train` and `explain`.
+    """
+
+    def __init__(self, pictures: Pictures, model: nn.Module, settings: Captioning, machine: Machine):
+        self.pictures, self.model, self.settings, self.machine = pictures, model.to(machine.device), settings, machine
+        self.parameters = pictures.parameters + parameters_of(model)
+
+    def train(self, run: Run) -> int:
+        """Returns the number of epochs."""
+        raise NotImplementedError
+
+    def explain(self, paintings: np.ndarray, emotions: np.ndarray) -> list[str]:
+        """A sentence for each painting (n,) and the emotion (n,) that it is to explain."""
+        raise NotImplementedError
+
+    def shown(self, paintings: np.ndarray, emotions: np.ndarray) -> tuple[Tensor, Tensor]:
+        """What is stored of these paintings, and the emotions, on the model's device."""
+        device = self.machine.device
+        return self.pictures.of(paintings, device), torch.from_numpy(emotions).long().to(device)
+
+    def in_parts(self, paintings: np.ndarray, emotions: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """Paintings to explain, some 64 at a time, and what is shown of them."""
+        for part in progress(np.array_split(np.arange(len(paintings)), 1 + len(paintings) // 64), "sentences"):
+            yield paintings[part], *self.shown(paintings[part], emotions[part])
+
+
+# 5. A run
+
+def emotions_for(art: Art, paintings: np.ndarray, logits: np.ndarray
                  ) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     """Which emotion is to be explained of each painting, by grounding: its index (n,), and the first stage's
-    probabilities (n, E)."""
-    logits = read_logits(classifier, art)[paintings]
+    probabilities (n, E), from its logits (P, E)."""
+    logits = logits[paintings]
     if np.isnan(logits).any():
         missing = art.names[paintings[np.isnan(logits).any(1)][0]]
-        raise UserError(f"{classifier} says nothing of {missing}; let it classify these pictures first")
+        raise UserError(f"the first stage (--emotions) says nothing of {missing}; let it classify these pictures first")
     odds = np.exp(logits - logits.max(1, keepdims=True))
     return {"predicted": (logits.argmax(1), odds / odds.sum(1, keepdims=True)),
             "annotated": (art.votes[paintings].argmax(1), None)}
 
 
-def write_answers(path: Path, art: Art, paintings: Sequence[int], emotions: Sequence[int], explanations: Sequence[str],
-                  probabilities: np.ndarray | None = None) -> None:
-    """Emotion and explanation of each painting as JSON lines that metrics.py reads."""
-    lines = []
+def answers(art: Art, paintings: np.ndarray, emotions: np.ndarray, explanations: Sequence[str],
+            probabilities: np.ndarray | None) -> dict[str, Prediction]:
+    found = {}
     for i, painting in enumerate(paintings):
-        record = {"image": art.names[painting], "emotion": art.emotions[emotions[i]], "explanation": explanations[i]}
-        if probabilities is not None:
-            record["probabilities"] = dict(zip(art.emotions, probabilities[i].tolist(), strict=True))
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+        by_name = None if probabilities is None else dict(zip(art.emotions, probabilities[i].tolist(), strict=True))
+        found[art.names[painting]] = Prediction(art.emotions[emotions[i]], explanations[i], by_name)
+    return found
 
 
-@dataclass
-class Captioner:
-    """A trained captioner, ready to be asked."""
-    pictures: Pictures
-    explain: Callable[[np.ndarray, np.ndarray], list[str]]  # paintings (n,) and an emotion for each -> sentences
-    parameters: int
-    epochs: int
+def answered(folder: Path, art: Art, paintings: np.ndarray, wanted: dict, captioner: Captioner) -> dict:
+    """Explain the emotions that are wanted of these paintings, write the answers to the folder, and score them.
 
-
-def answered(folder: Path, art: Art, classifier: str | Path, captioner: Captioner) -> dict:
-    """Explain the test paintings' emotions, write the answers to the folder, and score them, by grounding.
-
-    `gflop` is that of one painting, its features included, but not the classifier's.
+    `gflop` and `seconds` are those of one painting, its features included, but not the classifier's.
     """
-    paintings, results, judge = art.paintings("test"), {}, text_classifier_of(art, train=True)
-    paintings = paintings[captioner.pictures.usable[paintings]]
-    for grounding, (emotions, probabilities) in emotions_for(art, paintings, classifier).items():
-        path, begun = folder / f"test-{grounding}.jsonl", time.perf_counter()
-        sentences = captioner.explain(paintings, emotions)
-        seconds = time.perf_counter() - begun
-        write_answers(path, art, paintings, emotions, sentences, probabilities)
-        answers = dict(read_predictions(path, art.emotions))
-        scores = evaluate(answers, references_of(art, "test"), art.emotions, judge)
-        results[grounding] = {**as_json(scores, bootstrap(scores)),
-                              "pictures_per_second": len(paintings) / seconds}
-    one = gflop_of(lambda: captioner.explain(paintings[:1], np.zeros(1, int)))
-    return {**results, "gflop": captioner.pictures.gflop + one}
+    begun = time.perf_counter()
+    said = {grounding: answers(art, paintings, emotions, captioner.explain(paintings, emotions), probabilities)
+            for grounding, (emotions, probabilities) in wanted.items()}
+    seconds = (time.perf_counter() - begun) / len(said) / len(paintings)
+    write_predictions(folder, said)
+    references, judge, results = references_of(art, "test"), text_classifier_of(art, train=True), {}
+    for grounding, predictions in said.items():
+        scores = evaluate(predictions, references, art.emotions, judge)
+        results[grounding] = as_json(scores, bootstrap(scores))
+    gflop = gflop_of(lambda: captioner.explain(paintings[:1], np.zeros(1, int)))
+    return {**results, "gflop": captioner.pictures.gflop + gflop, "seconds": captioner.pictures.seconds + seconds}
 
-
-# 5. A run
 
 def captioned(folder: Path, art: Art, classifier: str | Path, system: str, settings: Captioning,
-              learn: Callable[[Run, Art, Captioning, Machine], Captioner]) -> dict:
+              kind: type[Captioner]) -> dict:
     """The results of a run, which is begun, gone on with, or already finished."""
-    decides = {name: value for name, value in dataclasses.asdict(settings).items()
-               if name not in ("precision", "device")}
-    with opened(folder, {"system": system, "data": art.name, "paintings": len(art.names), "emotions": art.emotions,
-                         "classifier": str(classifier), **decides}) as run:
-        if run.finished:
-            return read_json(run.results_file)
-        machine = Machine.chosen(settings.device, settings.precision, 512)
-        torch.manual_seed(settings.seed)
-        captioner = learn(run, art, settings, machine)
-        return finish(run, {**answered(folder, art, classifier, captioner), "epochs": captioner.epochs,
-                            "parameters": captioner.pictures.parameters + captioner.parameters})
+    config = {"system": system, "data": art.name, "paintings": len(art.names), "emotions": art.emotions,
+              "classifier": str(classifier), **decides(settings)}
+    if results := results_of(folder, config):
+        return results
+    if not Path(classifier).exists():
+        raise UserError(f"there is no first stage {classifier}; python -m related.emotion_classifier --data {art.name} "
+                        f"--out {classifier} trains one")
+    logits = read_logits(classifier, art)
+    machine = Machine.chosen(settings.device, settings.precision, 512)
+    torch.manual_seed(settings.seed)
+    captioner = kind(art, settings, machine)
+    paintings = art.paintings("test")
+    paintings = paintings[captioner.pictures.usable[paintings]]
+    wanted = emotions_for(art, paintings, logits)
+    with opened(folder, config) as run:
+        epochs = captioner.train(run)
+        return finish(run, {**answered(folder, art, paintings, wanted, captioner), "epochs": epochs,
+                            "parameters": captioner.parameters})
 
 
-def program(module: str, system: str, settings: type[Captioning], toy: dict,
-            learn: Callable[[Run, Art, Captioning, Machine], Captioner]) -> None:
+def program(module: str, system: str, settings: type[Captioning], toy: dict, kind: type[Captioner]) -> None:
     """The command line of a captioner."""
     parser = argparse.ArgumentParser(prog=f"python -m related.{module}", allow_abbrev=False,
                                      description=f"Train {system} to explain a classifier's emotions.")
@@ -227,7 +244,7 @@ def program(module: str, system: str, settings: type[Captioning], toy: dict,
     classifier = options.emotions or f"runs/{art.name}-emotions"
     preset = {"weights": classifier, **toy} if art.name == "toy" else {}  # nothing is downloaded for the toy
     folder = Path(options.out or f"runs/{art.name}-{module}")
-    results = captioned(folder, art, classifier, system, settings(**preset | given(options, settings)), learn)
+    results = captioned(folder, art, classifier, system, settings(**preset | given(options, settings)), kind)
     print(f"{summary(results)}\n{folder}")
 
 

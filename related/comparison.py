@@ -3,8 +3,6 @@
 Shapes: B pictures, C classes. All answer the same pictures, and all are compared with the first.
 """
 import dataclasses
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +12,10 @@ from torch import Tensor, nn
 
 from metrics import compare, display, distribution_scores
 from related.emotion_classifier import accuracies
-from related.training import gflop_of, parameters_of
+from related.training import gflop_of, parameters_of, seconds_of
 from support.program import aligned
-from support.scores import Scores, bootstrap
+from support.report import side_by_side
+from support.scores import Scores
 
 RULES = {"ACC": "more than half", "ACC (>= half)": "at least half"}
 COSTS = {"parameters": "{:,}", "GFLOP": "{:.4f}", "ms": "{:.2f}"}
@@ -30,15 +29,10 @@ class System:
 
 
 def cost(work: Callable[[], Tensor], *modules: nn.Module) -> dict[str, float]:
-    """Weights, and what a computation for one picture takes on this machine's CPU: the median of 30."""
-    seconds = []
+    """Weights, and what a computation for one picture takes on this machine's CPU."""
     with torch.no_grad():
-        gflop = gflop_of(work)
-        for _ in range(30):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-    return {"parameters": sum(map(parameters_of, modules)), "GFLOP": gflop, "ms": 1e3 * statistics.median(seconds)}
+        return {"parameters": sum(map(parameters_of, modules)), "GFLOP": gflop_of(work),
+                "ms": 1e3 * seconds_of(work, rounds=30)}
 
 
 def scores_of(log_probs: Tensor, votes: Tensor, emotions: Sequence[str]) -> Scores:
@@ -60,10 +54,7 @@ def jointly(how: Callable, one: Scores, other: Scores) -> Scores:
 
 def told(systems: Mapping[str, Scores]) -> dict[str, dict[str, dict]]:
     """Of each system each score: its value, its 95% interval, and how it differs from that of the first."""
-    gaps = [{}, *compare(list(systems.values()))]
-    return {name: {score: {"value": scores[score].value, "interval": ends, "against": gap.get(score)}
-                   for score, ends in bootstrap(scores).items()}
-            for (name, scores), gap in zip(systems.items(), gaps, strict=True)}
+    return side_by_side({name: [scores] for name, scores in systems.items()}, compare)
 
 
 def score_table(found: Mapping[str, Mapping[str, Mapping]], scores: Sequence[str]) -> str:

@@ -1,40 +1,48 @@
 """The first stage of Table 1's two-stage systems: ResNet-34 names the emotion of a painting, as ArtEmis trained it.
 
-    1. Pictures         squashed to a square, stored once, normalised
-    2. The classifier   ResNet-34 without its last two layers, and a small head
-    3. Loss, accuracy   against the shares of all votes; of paintings that most annotators agree on
-    4. A run            training, and what the classifier says of every painting, for the second stages
+    1. The classifier   a ResNet (resnet.py), the mean of its map's pixels, and a small head
+    2. Loss, accuracy   against the shares of all votes; of paintings that most annotators agree on
+    3. A run            training, and what the classifier says of every painting, for the second stages
 
     python -m related.emotion_classifier --data toy
 
-Shapes: B pictures of side S, g = S / 32 the side of the feature map, C = 512 channels, P = g * g pixels of the map,
-E emotions. With 256 pixels and ImageNet's weights this is the published recipe; its ACC on ArtEmis v1 is 60.2.
+Shapes: B pictures of side S, E emotions. With 256 pixels and ImageNet's weights this is the published recipe; its ACC
+on ArtEmis v1 is 60.2.
 """
 import argparse
 import json
 import math
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import resnet34
 
-from data import SPLITS, Art, add_data_options, art_of, best_accuracy, stamp
-from related.training import CONFIG, Machine, config_of, finish, fit, gflop_of, load_weights, opened, parameters_of
-from support.files import find_file, load_checked, read_tensors
-from support.pictures import BadPicture, open_picture, squared
+from data import SPLITS, Art, add_data_options, art_of, best_accuracy
+from related.resnet import LAYERS, Pictures, load_resnet, normalise, pixels_of, squashed_pictures, trunk
+from related.training import (
+    CONFIG,
+    Machine,
+    config_of,
+    decides,
+    descend,
+    finish,
+    fit,
+    gflop_of,
+    load_weights,
+    opened,
+    parameters_of,
+    results_of,
+)
+from support.files import load_checked
 from support.program import UserError, aligned, progress, read_json, run_program, write_text
 from support.records import json_records
 from support.run import Run
 from support.scores import Scores, bootstrap, mean_score
 from support.settings import add_flags, check, given, option
-from support.store import Store
 
 SYSTEM, PREDICTIONS = "emotion classifier", "predictions.jsonl"
 
@@ -62,86 +70,7 @@ class Settings:
 TOY = dict(resnet="none", side=64, released=0, epochs=6, patience=3, batch=32, rate=2e-4)
 
 
-# 1. Pictures
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def squash(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
-    """All of the picture in a square, whatever its shape: uint8 (3, S, S)."""
-    return squared(image.convert("RGB"), side, crop=False, resample=resample)
-
-
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 (..., 3, S, S) to floats with ImageNet's mean and deviation as 0 and 1."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (pixels / 255 - mean) / std
-
-
-@dataclass
-class Pictures:
-    """What a model is given of each painting, on disk: pixels, or a feature map."""
-    store: Store
-    usable: np.ndarray  # (P,) is there a picture that can be read?
-    parameters: int = 0  # of the network that made the feature map
-    gflop: float = 0.0  # what it cost for each picture
-
-    def of(self, paintings, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.store.get(np.asarray(paintings))).to(device, non_blocking=True)
-
-
-def squashed_pictures(art: Art, side: int) -> Pictures:
-    """Every painting's pixels (3, S, S), as far as its picture can be used."""
-    store = Store(art.folder / "cache" / f"{art.name}-squashed-{side}.store", [f"squashed {stamp(file)}" for file in
-                  art.files], (3, side, side), np.uint8, f"pictures of {side} x {side} pixels")
-
-    def load(painting: int) -> np.ndarray | str:
-        try:
-            return squash(open_picture(art.files[painting] or "", side), side).numpy()
-        except BadPicture as problem:
-            return str(problem)
-
-    missing, problems = store.missing(), {}
-    with ThreadPoolExecutor() as pool:
-        for part in progress(np.array_split(missing, 1 + len(missing) // 64), "pictures, x64"):
-            loaded = dict(zip(part.tolist(), pool.map(load, part), strict=True))
-            problems |= {painting: why for painting, why in loaded.items() if isinstance(why, str)}
-            if good := [painting for painting in loaded if painting not in problems]:
-                store.put(good, np.stack([loaded[painting] for painting in good]))
-    if problems:
-        first = min(problems)
-        print(f"{len(problems):,} pictures cannot be used, such as {art.names[first]}: {problems[first]}")
-    return Pictures(store, np.array([painting not in problems for painting in range(len(art.names))]))
-
-
-# 2. The classifier
-
-LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")  # of torchvision's ResNet
-
-
-def trunk(released: int = 0, layers: int = len(LAYERS)) -> nn.Sequential:
-    """ResNet-34 up to its last feature map (B, C, g, g), random; its layers before `released` are frozen."""
-    resnet = resnet34()
-    found = nn.Sequential(*(getattr(resnet, name) for name in LAYERS[:layers]))
-    found[:released].requires_grad_(False)
-    return found
-
-
-def load_resnet(layers: nn.Sequential, source: str, flag: str = "--weights") -> None:
-    """ImageNet's weights under torchvision's names, which timm's files use too."""
-    path = find_file(source, ["model.safetensors", "pytorch_model.bin", "resnet34-b627a593.pth"], flag)
-    places = {name: str(place) for place, name in enumerate(LAYERS[:len(layers)])}
-    named = (name.partition(".") + (tensor,) for name, tensor in read_tensors(path).items())
-    tensors = {f"{places[first]}.{rest}": tensor for first, _, rest, tensor in named if first in places}
-    load_checked(layers, tensors, str(path), optional=r".*\.num_batches_tracked")
-
-
-def pixels_of(feature_map: Tensor, pool_to: int | None = None) -> Tensor:
-    """(B, C, g, g), pooled to another side if asked, to pixels row by row: (B, P, C)."""
-    if pool_to:
-        feature_map = F.adaptive_avg_pool2d(feature_map, pool_to)
-    return feature_map.flatten(2).transpose(1, 2)
-
+# 1. The classifier
 
 def head(emotions: int, channels: int = 512, hidden: int = 100, dropout: float = 0.3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout),
@@ -177,7 +106,7 @@ def load_trunk(source: str, released: int = len(LAYERS), layers: int = len(LAYER
     return found
 
 
-# 3. Loss, accuracy
+# 2. Loss, accuracy
 
 def shares(votes: Tensor) -> Tensor:
     return votes / votes.sum(1, keepdim=True)
@@ -200,7 +129,7 @@ def accuracies(guesses: np.ndarray, votes: np.ndarray) -> Scores:
     return {name: mean_score(right, counted) for name, counted in rules.items()}
 
 
-# 4. A run
+# 3. A run
 
 def train(run: Run, model: EmotionClassifier, pictures: Pictures, art: Art, settings: Settings, machine: Machine
           ) -> int:
@@ -221,11 +150,8 @@ def train(run: Run, model: EmotionClassifier, pictures: Pictures, art: Art, sett
         for paintings in progress(shuffled.split(settings.batch), f"epoch {len(losses) + 1}"):
             if len(paintings) == 1:
                 continue  # a batch norm needs two
-            loss = loss_of(paintings)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, count = total + len(paintings) * loss.item(), count + len(paintings)
+            loss = descend(optimizer, loss_of(paintings))
+            total, count = total + len(paintings) * loss, count + len(paintings)
         return total / count
 
     @torch.no_grad()
@@ -304,17 +230,17 @@ def trained(folder: Path, art: Art, settings: Settings | None = None) -> dict:
     if settings is None and Run(folder).finished:
         return read_json(Run(folder).results_file)
     settings = settings or Settings(**preset(art))
-    decides = {name: value for name, value in asdict(settings).items() if name not in ("precision", "device")}
-    with opened(folder, {"system": SYSTEM, "data": art.name, "paintings": len(art.names), "emotions": art.emotions,
-                         **decides}) as run:
-        if run.finished:
-            return read_json(run.results_file)
-        machine = Machine.chosen(settings.device, settings.precision, 512)
-        torch.manual_seed(settings.seed)
-        model = EmotionClassifier(len(art.emotions), settings.released)
-        if settings.resnet != "none":
-            load_resnet(model.trunk, settings.resnet, "--resnet")
-        pictures = squashed_pictures(art, settings.side)
+    config = {"system": SYSTEM, "data": art.name, "paintings": len(art.names), "emotions": art.emotions,
+              **decides(settings)}
+    if results := results_of(folder, config):
+        return results
+    machine = Machine.chosen(settings.device, settings.precision, 512)
+    torch.manual_seed(settings.seed)
+    model = EmotionClassifier(len(art.emotions), settings.released)
+    if settings.resnet != "none":
+        load_resnet(model.trunk, settings.resnet, "--resnet")
+    pictures = squashed_pictures(art, settings.side)
+    with opened(folder, config) as run:
         epochs = train(run, model.to(machine.device), pictures, art, settings, machine)
         begun = time.perf_counter()
         write_predictions(folder / PREDICTIONS, model, pictures, art, machine, 2 * settings.batch)

@@ -18,7 +18,7 @@ from data import Art
 from related.captions import Captioner, Captioning, program, stored_features
 from related.training import Machine, parameters_of
 from sevlm import SEVLM, generate, load_model
-from support.program import progress, run_program
+from support.program import run_program
 from support.run import Run
 from support.settings import option
 
@@ -40,26 +40,32 @@ def reasons(model: SEVLM, features: Tensor, emotions: Sequence[str], top_p: floa
     return [model.text.reason(ids) for ids in sentences.ids.tolist()]
 
 
-def learn(run: Run, art: Art, settings: Settings, machine: Machine) -> Captioner:
-    model, pictures = load_model(settings.weights), stored_features(art, settings, machine)
-    machine = Machine.chosen(settings.device, settings.precision, model.config.width)  # as it was trained
-    model.to(machine.device)
-    top_p = settings.top_p if settings.decoding == "nucleus" else 0.0
+class NLXGPT(Captioner):
+    def __init__(self, art: Art, settings: Settings, machine: Machine):
+        model, pictures = load_model(settings.weights, "--weights"), stored_features(art, settings, machine)
+        machine = Machine.chosen(settings.device, settings.precision, model.config.width)  # as it was trained
+        super().__init__(pictures, model, settings, machine)
+        for emotion in art.emotions:
+            model.text.emotion_index(emotion)  # one that it does not know is named now
+        self.emotions = art.emotions
+        self.parameters = parameters_of(model)  # the tower's are among them
+
+    def train(self, run: Run) -> int:
+        return 0
 
     @torch.no_grad()
-    def explain(paintings: np.ndarray, emotions: np.ndarray) -> list[str]:
-        said = []
-        for part in progress(np.array_split(np.arange(len(paintings)), 1 + len(paintings) // 64), "sentences"):
-            features, names = pictures.of(paintings[part], machine.device), [art.emotions[e] for e in emotions[part]]
-            with machine.autocast():
-                said += reasons(model, features.float(), names, top_p, (settings.seed + paintings[part]).tolist())
+    def explain(self, paintings: np.ndarray, emotions: np.ndarray) -> list[str]:
+        settings, said = self.settings, []
+        top_p = settings.top_p if settings.decoding == "nucleus" else 0.0
+        for part, features, emotion in self.in_parts(paintings, emotions):
+            names = [self.emotions[index] for index in emotion.tolist()]
+            with self.machine.autocast():
+                said += reasons(self.model, features.float(), names, top_p, (settings.seed + part).tolist())
         return said
-
-    return Captioner(pictures, explain, parameters_of(model) - parameters_of(model.tower), epochs=0)
 
 
 def main() -> None:
-    program("nlx_gpt", "NLX-GPT in two stages", Settings, {}, learn)
+    program("nlx_gpt", "NLX-GPT in two stages", Settings, {}, NLXGPT)
 
 
 if __name__ == "__main__":

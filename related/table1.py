@@ -12,14 +12,12 @@ Each system is trained by its own command, which is printed. What is finished is
 well be trained by hand, with other settings or on another machine, into the folder that its command names.
 """
 import argparse
-import contextlib
+import itertools
 import shlex
-import statistics
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import Art, add_data_options, art_of
+from data import Art, PictureFiles, add_data_options, art_of
 from metrics import (
     Reference,
     accuracy,
@@ -41,12 +39,10 @@ from metrics import (
     text_classifier_of,
 )
 from related.captions import GROUNDINGS
-from related.emotion_classifier import load_trunk, normalise
 from related.nlx_gpt import reasons
-from related.training import CONFIG, Machine, gflop_of, opened, parameters_of
-from sevlm import BASELINE, emotion_log_probs, load_model, load_pixels
+from related.training import Machine, gflop_of, opened, parameters_of, seconds_of
+from sevlm import BASELINE, emotion_log_probs, load_model
 from support.pages import bar_chart, escape, page, table
-from support.pictures import BadPicture
 from support.program import UserError, aligned, read_json, run_program, write_json, write_text
 from support.records import finite_only
 from support.report import side_by_side
@@ -63,11 +59,6 @@ PROGRAMS = {FIRST_STAGE: "emotion_classifier", "SAT": "show_attend_tell", "SAT-c
 SYSTEMS = ("SAT", "SAT-clip", "M2", "M2-clip", "NLX-GPT", BASE, FULL)
 BY_DEFAULT = ("SAT", "M2", "NLX-GPT", BASE, FULL)
 ROOT = Path(__file__).parents[1]
-
-
-def told_emotions(systems: Sequence[str]) -> list[str]:
-    """Those of two stages."""
-    return [system for system in systems if system not in (BASE, FULL)]
 
 
 @dataclass
@@ -178,14 +169,13 @@ class Cost:
 
 
 def cost_of(system: str, runs: Runs, art: Art) -> Cost:
-    """A system of two stages costs both, and before the second the features that it finds stored."""
+    """A system of two stages costs both; their runs have measured themselves."""
     run = runs.of(system, 0)
     if system in (BASE, FULL):
         return cost_of_model(run.folder, art)
     first, second = (read_json(one.results_file) for one in (runs.of(FIRST_STAGE, 0), run))
-    seconds = 1 / first["pictures_per_second"] + 1 / second["predicted"]["pictures_per_second"]
     return Cost(first["parameters"] + second["parameters"], first["gflop"] + second["gflop"],
-                seconds + seconds_of_features(read_json(run.folder / CONFIG)))
+                1 / first["pictures_per_second"] + second["seconds"])
 
 
 PICTURES = 16  # to measure speed with
@@ -204,46 +194,11 @@ def cost_of_model(source: Path, art: Art) -> Cost:
             likeliest = emotion_log_probs(model, features).argmax(1).tolist()
             return reasons(model, features, [model.text.emotions[index] for index in likeliest])
 
-    loaded = []
-    for painting in art.paintings("test"):
-        with contextlib.suppress(BadPicture):
-            loaded.append(load_pixels(art.files[painting] or "", model.config))
-        if len(loaded) == PICTURES:
-            break
-    pixels = torch.stack(loaded).to(machine.device)
+    files = [art.files[painting] for painting in art.paintings("test")]
+    readable = (pixels for pixels in PictureFiles(files, model.config) if isinstance(pixels, Tensor))
+    pixels = torch.stack(list(itertools.islice(readable, PICTURES))).to(machine.device)
     return Cost(parameters_of(model), gflop_of(lambda: answer(pixels[:1])),
                 seconds_of(lambda: answer(pixels)) / len(pixels))
-
-
-@torch.no_grad()
-def seconds_of_features(config: Mapping) -> float:
-    """Of the frozen network whose stored features a captioner attends to; none if it has a network of its own."""
-    if config["features"] == "clip":
-        network = load_model(config["weights"])
-        encode, side, width = network.encode_image, network.config.image_size, network.config.tower_width
-    elif config.get("released", config["layers"]) < config["layers"]:
-        return 0.0
-    else:
-        network, side, width = load_trunk(config["weights"], layers=config["layers"]).eval(), config["side"], 512
-
-        def encode(pixels: Tensor) -> Tensor:
-            return network(normalise(pixels))
-
-    machine = Machine.chosen("auto", "auto", width)
-    network.to(machine.device)
-    pixels = torch.zeros(PICTURES, 3, side, side, dtype=torch.uint8, device=machine.device)
-    with machine.autocast():
-        return seconds_of(lambda: encode(pixels)) / PICTURES
-
-
-def seconds_of(work: Callable[[], object], rounds: int = 3) -> float:
-    """The median of some rounds, after one to warm up."""
-    times = []
-    for _ in range(rounds + 1):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[1:])
 
 
 # 4. The table
@@ -354,6 +309,7 @@ def main() -> None:
         raise UserError(f"--seeds is {options.seeds}; it must be at least 1")
     art, files, seeds = art_of(options), added(options.add), range(options.seeds)
     systems = [system for system in SYSTEMS if system in options.rows]
+    of_two_stages = [system for system in systems if system in PROGRAMS]
     protocol, folder = Protocol.of(art), Path(options.out or f"runs/{art.name}-table1")
     theirs = {name: [protocol.scores(path, allow_missing=False)] * len(seeds) for name, path in files.items()}
     with opened(folder, {"system": "Table 1", "data": art.name, "paintings": len(art.names)}):
@@ -361,7 +317,7 @@ def main() -> None:
         runs.train_missing(systems, seeds)
         ours, told = ({system: [protocol.scores(runs.answers(system, seed, grounding), allow_missing=True)
                                 for seed in seeds] for system in names}
-                      for grounding, names in zip(GROUNDINGS, (systems, told_emotions(systems)), strict=True))
+                      for grounding, names in zip(GROUNDINGS, (systems, of_two_stages), strict=True))
         costs = {system: cost_of(system, runs, art) for system in systems}
         note = note_of(pooled(ours[systems[0]]), protocol.judge, options.decoding, options.seeds)
         write_table(folder, found_of(ours | theirs), found_of(told), costs, options.seeds, note)

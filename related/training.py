@@ -7,13 +7,15 @@ model.safetensors, the weights of the best epoch. It is finished when results.js
 import contextlib
 import json
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from support.device import autocast, choose_device, choose_precision
@@ -55,17 +57,36 @@ def finished(losses: list[float], epochs: int, patience: int, latest: bool = Fal
     return len(losses) >= epochs or len(losses) - best_epoch(losses, latest) >= patience
 
 
+def decides(settings) -> dict:
+    """The settings that decide what a run computes, not where and how fast."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("precision", "device")}
+
+
+def refuse_another(run: Run, config: dict) -> None:
+    """An error if the folder holds a run that was begun with something else."""
+    stored, wanted = run.plan(), json.loads(json.dumps(config))
+    for name in {**wanted, **stored}:
+        if stored.get(name) != wanted.get(name):
+            raise UserError(f"{run.folder} was begun with {name} {stored.get(name)!r}, and now {name} is "
+                            f"{wanted.get(name)!r}: delete that folder, or let it be and work in another")
+
+
+def results_of(folder: Path, config: dict) -> dict | None:
+    """Those of the run that this folder holds, once it is finished."""
+    run = Run(folder)
+    if not run.begun:
+        return None
+    refuse_another(run, config)
+    return read_json(run.results_file) if run.finished else None
+
+
 @contextlib.contextmanager
 def opened(folder: Path, config: dict) -> Iterator[Run]:
     """The run that this folder holds, or a new one; nobody else may use it meanwhile. Another run is not touched."""
     run = Run(folder)
     if not run.begun:
         run = Run.begin(folder, config)
-    stored, wanted = run.plan(), json.loads(json.dumps(config))
-    for name in {**wanted, **stored}:
-        if stored.get(name) != wanted.get(name):
-            raise UserError(f"{folder} was begun with {name} {stored.get(name)!r}, and now {name} is "
-                            f"{wanted.get(name)!r}: name another folder with --out, or delete this one")
+    refuse_another(run, config)
     with run.lock():
         write_json(folder / CONFIG, config)
         yield run
@@ -106,6 +127,16 @@ def finish(run: Run, results: dict) -> dict:
     return results
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = math.inf) -> float:
+    """A step down the loss, along a gradient whose norm is cut; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    if clip_norm < math.inf:
+        nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], clip_norm)
+    optimizer.step()
+    return loss.item()
+
+
 def train_epoch(model: nn.Module, train: Callable[[list[float]], float], losses: list[float]) -> float:
     model.train()
     loss = train(losses)
@@ -131,6 +162,16 @@ def gflop_of(work: Callable[[], object]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 1e9
+
+
+def seconds_of(work: Callable[[], object], rounds: int = 3) -> float:
+    """What a computation takes on this machine: the median of some rounds, after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[1:])
 
 
 def config_of(folder: Path, system: str) -> dict:

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 pytest.importorskip("torchvision")
-from related import emotion_classifier
+from related import emotion_classifier, mesh
 from related import meshed_memory as m2
 from related.captions import emotions_for
+from related.emotion_classifier import read_logits
 from support.files import load_checked, renamed
 from support.program import UserError
 
@@ -65,7 +66,7 @@ class Case:
     def close(self, ours: torch.Tensor, what: str, tolerance: float = 1e-4) -> None:
         assert_close(ours, self.tensors[f"{self.name}.{what}"], atol=tolerance, rtol=0)
 
-    def picture(self) -> m2.Picture:
+    def picture(self) -> mesh.Picture:
         return self.model.encode(self.regions, self.emotions)
 
 
@@ -111,9 +112,12 @@ def test_loss_and_gradients(case, meta):
 
 
 def test_beam_search_and_captions(case, meta):
-    words, gains, scores = m2.beam_search(case.model.decoder, case.picture(), meta["beam"]["size"], meta["beam"]["steps"])
+    words, scores = m2.beam_search(case.model.decoder, case.picture(), meta["beam"]["size"], meta["beam"]["steps"])
     assert torch.equal(words, case.tensors[f"{case.name}.beam_ids"])
-    case.close(gains, "beam_log_probs")
+    with torch.no_grad():  # all beams of a picture again, in parallel
+        said = torch.cat([torch.full_like(words[..., :1], m2.BEGIN), words], 2).flatten(0, 1)
+        log_probs = case.model.decoder(said[:, :-1], case.picture())[0].gather(2, said[:, 1:, None]).view(words.shape)
+    case.close(log_probs * ((words == m2.END).cumsum(2) - (words == m2.END).long() == 0), "beam_log_probs")
     case.close(scores, "beam_scores")
     vocabulary = m2.Vocabulary(meta["itos"])
     for best, caption in zip(words[:, 0].tolist(), meta["captions"][case.name], strict=True):
@@ -140,7 +144,7 @@ def test_schedule(meta):
 
 def test_text(meta):
     ids, text = meta["ids"], meta["text"]
-    assert (ids["unk"], ids["pad"], ids["bos"], ids["eos"]) == (m2.UNKNOWN, m2.PAD, m2.BEGIN, m2.END)
+    assert (ids["unk"], ids["pad"], ids["bos"], ids["eos"]) == (mesh.UNKNOWN, m2.PAD, m2.BEGIN, m2.END)
     captions = [m2.spoken(caption.split()) for caption in text["captions"]]
     vocabulary = m2.vocabulary_of(captions, text["min_freq"])
     assert list(vocabulary.words) == text["itos"]
@@ -158,7 +162,7 @@ def test_emotions_to_explain_are_the_classifiers_or_the_annotators(meta, tmp_pat
         json.dumps({"image": name, "logits": {emotion: float(i == answer) for i, emotion in enumerate(emotions)}}) + "\n"
         for name, answer in zip(pictures, chosen, strict=True)))
     art = SimpleNamespace(names=pictures, emotions=emotions, votes=votes, source="made up")
-    found = emotions_for(art, np.arange(len(pictures)), tmp_path / "said.jsonl")
+    found = emotions_for(art, np.arange(len(pictures)), read_logits(tmp_path / "said.jsonl", art))
     assert found["annotated"][0].tolist() == [one["used"] for one in meta["oracle_emotion"]]
     assert found["predicted"][0].tolist() == chosen
 
@@ -230,7 +234,7 @@ def test_the_program(tmp_path, toy, toy_root, monkeypatch, capsys):
     assert "epoch 1" not in run(m2.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / "maps", *resnet)
 
 
-def test_what_cannot_be_is_said_in_one_line(tmp_path, toy_root, monkeypatch):
+def test_what_cannot_be_is_said_in_one_line(tmp_path, toy, toy_root, monkeypatch):
     def problem(*flags) -> str:
         monkeypatch.setattr("sys.argv", ["program", "--data-root", str(toy_root), "--toy-paintings", "60", "--out", str(tmp_path / f"run{len(told)}"), *map(str, flags)])
         with pytest.raises(UserError) as error:
@@ -242,7 +246,10 @@ def test_what_cannot_be_is_said_in_one_line(tmp_path, toy_root, monkeypatch):
     assert "--steps 60 is beyond --positions 54" in problem("--steps", "60")
     assert "--key-width is 0" in problem("--key-width", "0")
     assert str(tmp_path / "nowhere") in problem("--emotions", tmp_path / "nowhere")
+    assert "python -m related.emotion_classifier --data toy" in told[-1]
     (tmp_path / "empty").mkdir()
-    for flags in (["--emotions", tmp_path / "empty"], ["--features", "clip", "--weights", tmp_path / "empty"]):
+    (tmp_path / "said.jsonl").write_text(json.dumps({"image": toy.names[0], "logits": dict.fromkeys(toy.emotions, 0)}))
+    for flags in (["--emotions", tmp_path / "empty"],
+                  ["--emotions", tmp_path / "said.jsonl", "--features", "clip", "--weights", tmp_path / "empty"]):
         assert str(tmp_path / "empty") in problem(*flags)
     assert all(len(message.splitlines()) == 1 for message in told)

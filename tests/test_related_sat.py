@@ -23,13 +23,10 @@ from related.emotion_classifier import (
     divergence,
     head,
     load_trunk,
-    normalise,
-    pixels_of,
     read_logits,
     shares,
-    squash,
-    trunk,
 )
+from related.resnet import normalise, pixels_of, squash, trunk
 from related.training import best_epoch, finished, fit, opened
 from support.files import load_checked, read_tensors, renamed
 from support.program import UserError
@@ -80,6 +77,11 @@ class Case:
     def teach(self, rows=slice(None)):
         return sat.teach(self.speaker, self.scene(rows), self.tokens[rows])
 
+    def told(self, rows, tokens):
+        """Logits after each of these tokens, and where the speaker attended."""
+        hidden, alphas = self.speaker(self.scene(rows), tokens)
+        return self.speaker.output(hidden), alphas
+
     def compare(self, lesson, prefix=""):
         logits = self.given[f"{prefix}logits"]
         close(lesson.logits, logits[lesson.spoken])
@@ -103,13 +105,19 @@ def test_words_rows_and_output_bias(case):
     assert sat.lengths_of(case.tokens).tolist() == case.given["lengths"].tolist()
 
 
+def log_probs(lesson, temperature=1.0):
+    """ln p of each word to be predicted, where it stands: (B, L), 0 elsewhere."""
+    logs = -F.cross_entropy(lesson.logits / temperature, lesson.targets, reduction="none")
+    return logs.new_zeros(lesson.spoken.shape).masked_scatter(lesson.spoken, logs)
+
+
 def test_teacher_forcing(case):
     close(case.pixels.unflatten(1, (case.grid, -1)), case.given["feature_map"])
     case.compare(case.teach())
     batch, total, count = case.meta["nll_two_batches"]["batch"], 0.0, 0
     for start in range(0, len(case.tokens), batch):
         lesson = case.teach(slice(start, start + batch))
-        total, count = total - float(sat.log_probs(lesson).sum()), count + len(lesson.targets)
+        total, count = total - float(log_probs(lesson).sum()), count + len(lesson.targets)
     close(total / count, case.meta["nll_two_batches"]["value"])
 
 
@@ -157,41 +165,46 @@ def test_log_probabilities_and_perplexity(name):
     case = Case(name)
     lesson = case.teach()
     for i, temperature in enumerate(case.meta["log_prob_temperatures"]):
-        logs = sat.log_probs(lesson, temperature)
+        logs = log_probs(lesson, temperature)
         close(F.pad(logs, (0, case.given[f"log_probs.{i}"].shape[1] - logs.shape[1])), case.given[f"log_probs.{i}"])
-    bits = sat.log_probs(lesson).sum() / math.log(2)
+    bits = log_probs(lesson).sum() / math.log(2)
     close(2 ** -(bits / len(lesson.targets)), case.meta["perplexity"], 1e-4)
 
 
-class Follow:
-    """Says what the original drew, and notes with which probabilities we would have drawn."""
+class Noting:
+    """Chooses as told, and notes what was chosen, and of which probabilities."""
 
-    def __init__(self, words, k):
-        self.words, self.k, self.probabilities = iter(words.T), k, []
+    def __init__(self, choose, k=0):
+        self.choose, self.k, self.words, self.probabilities = choose, k, [], []
 
     def __call__(self, logits):
         self.probabilities.append(sat.likeliest(logits, self.k).softmax(1))
-        return next(self.words)
+        self.words.append(self.choose(logits))
+        return self.words[-1]
 
 
 def test_sampled_sentences(case):
+    """What was drawn is drawn again. All steps count, also those beyond <eos>."""
     for i, run in enumerate(case.meta["sampled"]):
         given, rows = {key: case.given.get(f"sampled.{i}.{key}") for key in ("raw_tokens", "tokens", "step_logits", "attention", "probabilities")}, run["rows"]
-        choose = sat.greedy if run["rule"] == "argmax" else Follow(given["raw_tokens"], run.get("topk") or 0)
-        said = sat.sample(case.speaker, case.scene(rows), run["max_len"], choose,
-                          run["temperature"], run["drop_unk"], run["drop_bigrams"], slip=True)
-        assert said.raw.tolist() == given["raw_tokens"].tolist() and said.tokens.tolist() == given["tokens"].tolist()
-        assert [case.vocabulary.text(ids, sat.SILENT) for ids in said.tokens.tolist()] == run["strings"]
-        close(said.logits, given["step_logits"])
-        close(said.alphas[:, 1:].unflatten(2, (case.grid, -1)), given["attention"])
+        drawn = iter(given["raw_tokens"].T)
+        choose = Noting(sat.greedy if run["rule"] == "argmax" else lambda _, drawn=drawn: next(drawn), run.get("topk") or 0)
+        tokens = sat.sample(case.speaker, case.scene(rows), run["max_len"], choose,
+                            run["temperature"], run["drop_unk"], run["drop_bigrams"], slip=True)
+        raw = torch.stack(choose.words, 1)
+        assert raw.tolist() == given["raw_tokens"].tolist() and tokens.tolist() == given["tokens"].tolist()
+        assert [case.vocabulary.text(ids, sat.SILENT) for ids in tokens.tolist()] == run["strings"]
+        logits, alphas = case.told(rows, torch.cat([torch.full_like(raw[:, :1], sat.SOS), raw[:, :-1]], 1))
+        close(logits, given["step_logits"])
+        close(alphas[:, 1:].unflatten(2, (case.grid, -1)), given["attention"])
         if given["probabilities"] is not None:
             close(torch.stack(choose.probabilities, 1), given["probabilities"])
 
 
 def test_without_the_slip_a_row_says_what_it_says_alone(case):
     rows = range(len(case.tokens))
-    together = sat.sample(case.speaker, case.scene(), 9).tokens
-    assert together.tolist() == [sat.sample(case.speaker, case.scene([row]), 9).tokens[0].tolist() for row in rows]
+    together = sat.sample(case.speaker, case.scene(), 9)
+    assert together.tolist() == [sat.sample(case.speaker, case.scene([row]), 9)[0].tolist() for row in rows]
 
 
 def test_beam_search(case):
@@ -199,12 +212,15 @@ def test_beam_search(case):
         for j, row in enumerate(run["rows"]):
             found = sat.beam_search(case.speaker, case.scene([row]), run["beam"], run["temperature"], run["max_iter"],
                                     run["drop_unk"], run["drop_bigrams"], case.meta["and_id"])
-            assert [hypothesis.tokens for hypothesis in found] == run["tokens"][j]
-            close([hypothesis.score for hypothesis in found], torch.tensor(run["scores"][j]), 1e-4)
+            assert [tokens for _, tokens in found] == run["tokens"][j]
+            close([score for score, _ in found], torch.tensor(run["scores"][j]), 1e-4)
             if found:
-                close(found[0].alphas.unflatten(1, (case.grid, -1)), case.given[f"beam.{i}.alphas.{row}"])
-            if run.get("strings"):
-                assert case.vocabulary.text(found[0].tokens, sat.SILENT) == run["strings"][j]
+                best = found[0][1]
+                _, alphas = case.told([row], torch.tensor([best[:-1]]))
+                theirs = case.given[f"beam.{i}.alphas.{row}"]  # those before <sos>, which was given, are ones
+                close(alphas[0].unflatten(1, (case.grid, -1)), theirs[1:])
+                if run.get("strings"):
+                    assert case.vocabulary.text(best, sat.SILENT) == run["strings"][j]
 
 
 @pytest.mark.parametrize("schedule", META["schedules"])
@@ -385,3 +401,22 @@ def test_the_programs(tmp_path, toy, toy_root, monkeypatch, capsys):
         assert [answer["image"] for answer in answers] == [toy.names[p] for p in toy.paintings("test")]
     with pytest.raises(UserError, match="begun with longest"):
         run(sat.main, "--emotions", tmp_path / "emotions", "--out", tmp_path / "maps", "--decoding", "greedy", "--longest", "20")
+
+
+def test_nothing_is_begun_before_all_is_there(tmp_path, toy, toy_root, monkeypatch):
+    """Each mistake is named before a run's folder is made, so that the same command works once it is mended."""
+    some = [json.dumps({"image": name, "probabilities": dict.fromkeys(toy.emotions, 1 / 9)}) for name in toy.names]
+    (tmp_path / "all.jsonl").write_text("\n".join(some))
+    left_out = toy.names[toy.paintings("test")[-1]]
+    (tmp_path / "most.jsonl").write_text("\n".join(line for line in some if left_out not in line))
+    lacking = "cuda" if torch.backends.mps.is_available() else "mps"
+    everything = ["--emotions", tmp_path / "all.jsonl", "--features", "clip", "--weights", ROOT / "examples" / "toy"]
+    for main, flags, told in ((sat.main, ["--emotions", tmp_path / "nothing.jsonl"], "nothing.jsonl"),
+                              (sat.main, [*everything, "--emotions", tmp_path / "most.jsonl"], f"says nothing of {left_out}"),
+                              (sat.main, [*everything, "--weights", tmp_path / "nowhere"], "--weights .*nowhere"),
+                              (sat.main, [*everything, "--device", lacking], f"--device {lacking}"),
+                              (emotion_classifier.main, ["--resnet", tmp_path / "nowhere"], "--resnet .*nowhere")):
+        monkeypatch.setattr("sys.argv", ["program", "--data-root", str(toy_root), "--toy-paintings", "60", "--side", "32", "--out", str(tmp_path / "run"), *map(str, flags)])
+        with pytest.raises(UserError, match=told):
+            main()
+        assert not (tmp_path / "run").exists()
