@@ -6,10 +6,10 @@
 
     1. Model        the checkpoint that is meant, and what it was trained on
     2. Answers      for a batch of pictures: emotions, sentences, words, and what each word attended to
-    3. Shown        an answer in the terminal, as a heatmap of its words, as a card of a page
-    4. Pages        of many pictures, or one that answers, on this machine only
-    5. Program      flags, and what becomes of each answer
+    3. Shown        an answer in the terminal, as a heatmap of its words, on a page
+    4. Program      flags
 
+How answers get to where they are wanted, whoever gives them, is support/answers.py's.
 The likeliest emotion is fixed first and then explained, so that label and sentence agree.
 Shapes: B pictures of K patches, E emotions, L tokens, d width.
 """
@@ -17,14 +17,13 @@ import argparse
 import base64
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from torch import Tensor
 from sevlm import (
     BUNDLED,
     SEVLM,
-    Config,
     attention_maps,
     beam_search,
     emotion_log_probs,
@@ -47,17 +45,14 @@ from sevlm import (
     to_pixels,
 )
 from support import pages
-from support.device import PRECISIONS, autocast, choose_device, choose_precision
-from support.journal import Journal
+from support.answers import Answer, Answerer, add_ways, deliver, pictures_named, settled
+from support.device import autocast
 from support.pages import escape
-from support.pictures import BadPicture, open_picture, picture_files
-from support.program import UserError, printable, progress, replacing, run_program, write_text
+from support.program import UserError, printable, replacing, run_program
 from support.settings import add_flags, check, flag, given, option
 from support.terminal import Terminal
 
 SCALES = ("valence", "arousal", "dominance")
-BATCH = 32  # pictures at once
-SHOWN = 480  # pixels on a side of a picture in a page
 
 
 # 1. Model
@@ -132,13 +127,6 @@ class Wish:
             model.text.emotion_index(self.emotion)
         if self.best_of and not model.config.contrastive_head:
             raise UserError("--best-of needs a contrastive head to choose with, and this model has none")
-
-
-@dataclass
-class Answer:
-    record: dict  # what --json prints
-    attention: np.ndarray | None = None  # (words, side, side) over the patches
-    image: Image.Image | None = None
 
 
 Probabilities = Callable[[SEVLM, Tensor], tuple[Tensor, Sequence[str]]]
@@ -217,33 +205,6 @@ def word_maps(maps: np.ndarray, words: Sequence[tuple[str, list[int]]]) -> np.nd
     return (each / each.max(1, keepdims=True).clip(min=1e-9)).reshape(-1, side, side)
 
 
-def answers_for(model: SEVLM, files: Sequence[Path], wish: Wish, dtype: torch.dtype = torch.float32,
-                probabilities: Probabilities = own_probabilities) -> Iterator[Answer]:
-    """An answer for each file, in order; a broken picture's is an error."""
-    batches = [files[start:start + BATCH] for start in range(0, len(files), BATCH)]
-    for batch in progress(batches, f"pictures, x{BATCH}"):
-        opened, answers = {}, {}
-        for file in batch:
-            try:
-                opened[file] = open_for(model.config, file)
-            except BadPicture as problem:
-                answers[file] = Answer({"image": str(file), "error": str(problem)})
-        if opened:
-            pixels = torch.stack([pixels for pixels, _ in opened.values()])
-            found = answer(model, pixels, list(map(str, opened)), wish, dtype, probabilities)
-            for (file, (_, image)), one in zip(opened.items(), found, strict=True):
-                answers[file] = dataclasses.replace(one, image=image)
-        yield from map(answers.get, batch)
-
-
-def open_for(config: Config, source) -> tuple[Tensor, Image.Image]:
-    """A picture as the model takes it and as a page shows it, decoded once."""
-    image = open_picture(source, max(SHOWN, config.image_size))
-    pixels = to_pixels(image, config)
-    image.thumbnail((SHOWN, SHOWN))
-    return pixels, image
-
-
 def likely(probabilities: Mapping[str, float], most: int) -> list[tuple[str, float]]:
     """The most probable emotions, at least one, none below 3%."""
     first, *others = sorted(probabilities.items(), key=lambda pair: -pair[1])[:most]
@@ -258,26 +219,78 @@ def mean_vad(record: dict) -> dict[str, float]:
 
 # 3. Shown
 
-def text_card(record: dict, terminal: Terminal) -> str:
-    """Bars, sentences and gauges."""
-    lines = ["", printable(record["image"])]
-    if "error" in record:
-        return "\n".join([*lines, *terminal.lines(f"cannot be read: {record['error']}")])
-    colour = pages.colours(record["probabilities"])
-    names = max(map(len, colour)) + 1
-    for emotion, share in likely(record["probabilities"], 5):
-        bar = terminal.paint(terminal.bar(share, max(terminal.width - names - 15, 8)), colour[emotion])
-        lines.append(f"  {printable(emotion):{names}}{share:5.0%}  {bar}")
-    lines.append("")
-    for told in record["explanations"]:
-        emotion, chosen = printable(told["emotion"]), told["explanation"] == record["explanation"]
-        first, *others = terminal.lines(f"{told['emotion']} because {told['explanation']}")
-        lines += [first.replace(emotion, terminal.paint(emotion, colour[told["emotion"]], bold=chosen), 1), *others]
-    if vad := mean_vad(record):
-        lines += ["", *terminal.beside([terminal.gauge(name, value) for name, value in vad.items()])]
-    if "note" in record:
-        lines += ["", *terminal.lines(record["note"])]
-    return "\n".join(lines)
+@dataclass
+class Explainer(Answerer):
+    """A model, and what is asked of it."""
+    model: SEVLM
+    about: str
+    wish: Wish
+    dtype: torch.dtype = torch.float32
+    probabilities: Probabilities = own_probabilities
+    heatmaps: bool = False
+    gallery_title, upload_title = "What these pictures evoke", "What does this picture evoke?"
+    hint = ("A line below a word shows its valence, from rust to teal. Point at a word to see what it attended to; "
+            "arrow keys go from word to word.")
+    scripts = ("overlay.js",)
+
+    @property
+    def side(self) -> int:
+        return self.model.config.image_size
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        return to_pixels(image, self.model.config)
+
+    def answer(self, pixels: Tensor, names: Sequence[str]) -> list[Answer]:
+        return answer(self.model, pixels, names, self.wish, self.dtype, self.probabilities)
+
+    def question(self) -> dict:
+        asked = dataclasses.asdict(self.wish)
+        del asked["attention"]
+        return {"model": fingerprint(self.model)} | asked
+
+    def lines(self, record: dict, terminal: Terminal) -> list[str]:
+        """Bars, sentences and gauges."""
+        lines, colour = [], pages.colours(record["probabilities"])
+        names = max(map(len, colour)) + 1
+        for emotion, share in likely(record["probabilities"], 5):
+            bar = terminal.paint(terminal.bar(share, max(terminal.width - names - 15, 8)), colour[emotion])
+            lines.append(f"  {printable(emotion):{names}}{share:5.0%}  {bar}")
+        lines.append("")
+        for told in record["explanations"]:
+            emotion, chosen = printable(told["emotion"]), told["explanation"] == record["explanation"]
+            first, *others = terminal.lines(f"{told['emotion']} because {told['explanation']}")
+            lines += [first.replace(emotion, terminal.paint(emotion, colour[told["emotion"]], chosen), 1), *others]
+        if vad := mean_vad(record):
+            lines += ["", *terminal.beside([terminal.gauge(name, value) for name, value in vad.items()])]
+        if "note" in record:
+            lines += ["", *terminal.lines(record["note"])]
+        return lines
+
+    def story(self, found: Answer) -> str:
+        """The sentence, bars, gauges, and the other sentences."""
+        record, colour = found.record, pages.colours(found.record["probabilities"])
+        others = "".join(f"<li>{because(told, colour)}</li>" for told in record["explanations"]
+                         if (told["emotion"], told["explanation"]) != (record["emotion"], record["explanation"]))
+        return "".join([
+            sentence(found, colour),
+            pages.bars((emotion, share, colour[emotion]) for emotion, share in likely(record["probabilities"], 4)),
+            pages.gauges(mean_vad(record)), f'<ul class="others">{others}</ul>' if others else "",
+            f'<p class="note">{escape(record["note"])}</p>' if "note" in record else ""])
+
+    def controls(self) -> str:
+        names = "".join(f"<option>{escape(emotion)}</option>" for emotion in self.model.config.emotions)
+        again = '<button type="button" name="seed">Another sentence</button>'
+        return ('<label>Emotion <select name="emotion"><option value="">the likeliest</option>'
+                f"{names}</select></label>{'' if self.wish.greedy or self.wish.beam else again}")
+
+    def asked(self, fields: dict[str, str]) -> "Explainer":
+        wish = dataclasses.replace(self.wish, emotion=fields.get("emotion", ""), seed=int(fields.get("seed", "0")))
+        wish.check_for(self.model)
+        return dataclasses.replace(self, wish=wish)
+
+    def also(self, found: Answer) -> None:
+        if self.heatmaps:
+            print(f"  {save_heatmap(found, Path('heatmaps'))}", file=sys.stderr)
 
 
 def save_heatmap(found: Answer, folder: Path) -> Path:
@@ -302,23 +315,6 @@ def valence_colour(vad: Sequence[float] | None) -> str:
     return "#" + bytes(round(138 + abs(valence) * (channel - 138)) for channel in end).hex()
 
 
-def card(found: Answer) -> str:
-    """A picture with its answer, as HTML."""
-    record, name = found.record, escape(Path(found.record["image"]).name)
-    if "error" in record:
-        problem = f'<p class="problem">cannot be read: {escape(record["error"])}</p>'
-        return f'<article class="card"><div><h2>{name}</h2>{problem}</div></article>'
-    colour = pages.colours(record["probabilities"])
-    others = "".join(f"<li>{because(told, colour)}</li>" for told in record["explanations"]
-                     if (told["emotion"], told["explanation"]) != (record["emotion"], record["explanation"]))
-    return "".join([
-        f'<article class="card"><div class="picture"><img src="{pages.data_uri(found.image, SHOWN)}" alt="{name}">',
-        f'<canvas aria-hidden="true"></canvas></div><div><h2>{name}</h2>{sentence(found, colour)}',
-        pages.bars((emotion, share, colour[emotion]) for emotion, share in likely(record["probabilities"], 4)),
-        pages.gauges(mean_vad(record)), f'<ul class="others">{others}</ul>' if others else "",
-        f'<p class="note">{escape(record["note"])}</p>' if "note" in record else "", "</div></article>"])
-
-
 def because(told: dict, colour: Mapping[str, str], explanation: str = "") -> str:
     """An emotion and its explanation."""
     emotion = told["emotion"]
@@ -337,82 +333,20 @@ def sentence(found: Answer, colour: Mapping[str, str]) -> str:
     return f'<p class="sentence">{because(found.record, colour, " ".join(words))}</p>'
 
 
-# 4. Pages
-
-def gallery(cards: Sequence[str], about: str) -> str:
-    """All pictures on one page."""
-    title = "What these pictures evoke"
-    hint = ("A line below a word shows its valence, from rust to teal. Point at a word to see what it attended to; "
-            "arrow keys go from word to word.")
-    head = f'<h1>{title}</h1><p class="about">{escape(about)}. {hint}</p>'
-    return pages.page(title, f'{head}<div class="gallery">{"".join(cards)}</div>', ["overlay.js"])
-
-
-def upload_pages(model: SEVLM, about: str, wish: Wish, dtype: torch.dtype = torch.float32,
-                 probabilities: Probabilities = own_probabilities
-                 ) -> tuple[Callable[[str], str], Callable[[bytes, dict[str, str]], str]]:
-    """What support/server.py asks for: a page to drop pictures on, and the answer to one."""
-    from support.server import Refused
-
-    def page(nonce: str) -> str:
-        title = "What does this picture evoke?"
-        names = "".join(f"<option>{escape(emotion)}</option>" for emotion in model.config.emotions)
-        again = "" if wish.greedy or wish.beam else '<button type="button" name="seed">Another sentence</button>'
-        controls = ('<label>Emotion <select name="emotion"><option value="">the likeliest</option>'
-                    f"{names}</select></label>{again}")
-        note = f"{escape(about)}. Your picture stays on this machine."
-        form = pages.fill("upload.html", title=title, about=note, controls=controls)
-        return pages.page(title, form, ["overlay.js", "upload.js"], nonce)
-
-    def answer_upload(upload: bytes, fields: dict[str, str]) -> str:
-        try:
-            asked = dataclasses.replace(wish, emotion=fields.get("emotion", ""), seed=int(fields.get("seed", "0")))
-            asked.check_for(model)
-            pixels, image = open_for(model.config, io.BytesIO(upload))
-        except BadPicture as problem:
-            raise Refused(415, f"not a picture that can be read: {problem}") from None
-        except (UserError, ValueError) as problem:
-            raise Refused(400, str(problem)) from None
-        [found] = answer(model, pixels[None], [fields.get("name", "your picture")], asked, dtype, probabilities)
-        return card(dataclasses.replace(found, image=image))
-
-    return page, answer_upload
-
-
-# 5. Program
+# 4. Program
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Pictures and flags of a program that answers."""
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help="pictures, folders, patterns")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--precision", default="auto", choices=["auto", *PRECISIONS], help="auto tries what is faster")
+    """Pictures and flags of a program that explains."""
+    ways = add_ways(parser)
+    ways.add_argument("--heatmap", action="store_true", help="what each word attended to, in heatmaps/")
     add_flags(parser, "what to say", Wish)
-    where = parser.add_argument_group("where to say it")
-    where.add_argument("--json", action="store_true", help="one JSON object a line, and nothing else")
-    where.add_argument("--out", type=Path, metavar="FILE",
-                       help="append JSON lines to a file; what it answers already is not asked again")
-    where.add_argument("--heatmap", action="store_true", help="what each word attended to, in heatmaps/")
-    where.add_argument("--html", type=Path, metavar="FILE", help="a page of all pictures")
-    where.add_argument("--serve", type=int, nargs="?", const=8000, metavar="PORT",
-                       help="a local page to drop pictures on")
 
 
 def what_is_asked(options: argparse.Namespace) -> tuple[Wish, list[Path]]:
     """The wish and the pictures, once the flags have been checked."""
-    serving = options.serve is not None
-    wish = Wish(**given(options, Wish), attention=options.heatmap or options.html is not None or serving)
-    if serving:
-        named = {"PICTURE": options.pictures} | {flag(name): getattr(options, name, None) for name in (
-            "json", "out", "heatmap", "html", "emotion", "all_emotions", "seed")}
-        if clash := [name for name, value in named.items() if value]:
-            raise UserError(f"--serve asks and answers on its page, without {', '.join(clash)}")
-        if not 0 <= options.serve < 2**16:
-            raise UserError(f"--serve {options.serve}: ports end at {2**16 - 1}")
-    elif not options.pictures:
-        raise UserError("name a picture, as in: python sample.py image.jpg")
-    if options.html and options.html.is_file() and not pages.is_page(options.html):
-        raise UserError(f"--html {options.html} is a file of another kind; it stays as it is")
-    return wish, picture_files(options.pictures)
+    shown = options.heatmap or options.html is not None or options.serve is not None
+    wish = Wish(**given(options, Wish), attention=shown)
+    return wish, pictures_named(options, on_page=("heatmap", "emotion", "all_emotions", "seed"))
 
 
 def respond(model: SEVLM, about: str, options: argparse.Namespace,
@@ -420,61 +354,9 @@ def respond(model: SEVLM, about: str, options: argparse.Namespace,
     """Answer in every way that was asked for; 1 if a picture was broken."""
     wish, files = what_is_asked(options)
     wish.check_for(model)
-    model.to(choose_device(options.device))
-    dtype, why = choose_precision(options.precision, model.device, model.config.width)
-    [precision] = [name for name, kind in PRECISIONS.items() if kind == dtype]
-    print(printable(f"{about}; {precision}: {why}"), file=sys.stderr)
-    if options.serve is not None:
-        from support.server import serve  # http.server is slow to import
-        serve(*upload_pages(model, about, wish, dtype, probabilities), options.serve)
-        return 0
-    journal = Journal(options.out, question(model, wish)) if options.out else None
-    new = [file for file in files if journal is None or str(file) not in journal.answered]
-    terminal, cards, broken = Terminal(sys.stdout), {}, 0
-    for found in answers_for(model, new, wish, dtype, probabilities):
-        broken += "error" in found.record
-        show(found, options, terminal, journal)
-        if options.html:
-            cards[found.record["image"]] = card(found)
-    if options.html:
-        earlier = set(map(str, files)) - cards.keys()
-        for record in journal.records() if earlier else ():
-            if record["image"] in earlier:
-                cards[record["image"]] = card(recalled(record))
-        write_text(options.html, gallery([cards[str(file)] for file in files], about))
-    if broken:
-        print(f"{broken} of {len(new)} pictures cannot be read", file=sys.stderr)
-    return int(broken > 0)
-
-
-def show(found: Answer, options: argparse.Namespace, terminal: Terminal, journal: Journal | None) -> None:
-    """One answer, as soon as it is there."""
-    record = found.record
-    if options.json:
-        print(json.dumps(record), flush=True)
-    elif not journal:
-        print(text_card(record, terminal), flush=True)
-    elif "error" in record:
-        print(text_card(record, terminal), file=sys.stderr)
-    if journal and "error" not in record:
-        journal.append(record)
-    if options.heatmap and "error" not in record:
-        print(f"  {save_heatmap(found, Path('heatmaps'))}", file=sys.stderr)
-
-
-def question(model: SEVLM, wish: Wish) -> dict:
-    """What an answer depends on besides its picture."""
-    asked = dataclasses.asdict(wish)
-    del asked["attention"]
-    return {"model": fingerprint(model)} | asked
-
-
-def recalled(record: dict) -> Answer:
-    """An earlier answer with its picture, for a page."""
-    try:
-        return Answer(record, image=open_picture(record["image"], SHOWN))
-    except BadPicture as problem:
-        return Answer({"image": record["image"], "error": str(problem)})
+    dtype = settled(model, model.config.width, about, options)
+    answerer = Explainer(model, about, wish, dtype, probabilities, options.heatmap)
+    return deliver(answerer, files, options)
 
 
 def main() -> int:

@@ -16,9 +16,10 @@ class Terminal:
         red, green, blue = bytes.fromhex(colour[1:])
         return f"\x1b[{'1;' * bold}38;2;{red};{green};{blue}m{text}\x1b[0m" if self.coloured else text
 
-    def lines(self, text: str) -> list[str]:
+    def lines(self, text: str, indent: int = 2) -> list[str]:
         """Text of any origin, cut to the width and indented, its later lines a little more."""
-        return textwrap.wrap(printable(text), self.width - 2, initial_indent="  ", subsequent_indent="    ")
+        return textwrap.wrap(printable(text), self.width - 2, initial_indent=" " * indent,
+                             subsequent_indent=" " * (indent + 2))
 
     def bar(self, share: float, width: int) -> str:
         eighths = round(share * width * 8)

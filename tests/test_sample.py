@@ -23,6 +23,8 @@ from test_server import Reader, request
 
 import sample
 from sevlm import BUNDLED, EMOTIONS, load_model, load_pixels, save
+from support import answers
+from support.answers import answers_for, card, text_card, upload_pages
 from support.program import UserError
 from support.server import Server
 from support.terminal import Terminal
@@ -138,10 +140,11 @@ def test_another_programs_probabilities_and_note(make_model, pictures):
         log_probs = torch.full((len(features), 9), -5.0)
         log_probs[:, EMOTIONS.index("fear")] = 0.0
         return log_probs.log_softmax(1), ["alone it would say\x1b awe"] * len(features)
-    [one] = sample.answers_for(model, pictures[:1], sample.Wish(attention=True), probabilities=gated)
+    answerer = sample.Explainer(model, "", sample.Wish(attention=True), probabilities=gated)
+    [one] = answers_for(answerer, pictures[:1])
     assert one.record["emotion"] == one.record["explanations"][0]["emotion"] == "fear" and one.record["probabilities"]["fear"] > 0.9
-    assert "alone it would say\\x1b awe" in sample.text_card(one.record, Terminal(io.StringIO()))
-    assert '<p class="note">alone it would say\\x1b awe</p>' in sample.card(one)
+    assert "alone it would say\\x1b awe" in text_card(answerer, one.record, Terminal(io.StringIO()))
+    assert '<p class="note">alone it would say\\x1b awe</p>' in card(answerer, one)
 
 
 def test_a_broken_picture_becomes_an_entry_and_the_rest_go_on(ask, pictures, tmp_path):
@@ -226,9 +229,12 @@ RECORD = {"image": "x.png", "emotion": "awe", "probabilities": {"amusement": 0.0
           "explanations": [{"emotion": "awe", "explanation": "light " * 20}], "words": [{"word": "light", "vad": [0.5, -1.0, 1.0]}]}
 
 
+ANSWERER = sample.Explainer(None, "a test model", sample.Wish())  # showing needs no model
+
+
 def test_text_fits_narrow_terminals_and_plain_ones(monkeypatch):
     monkeypatch.setenv("COLUMNS", "44")
-    text = sample.text_card(RECORD, Terminal(io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
+    text = text_card(ANSWERER, RECORD, Terminal(io.TextIOWrapper(io.BytesIO(), encoding="ascii")))
     assert text.isascii() and max(map(len, text.splitlines())) <= 44 and "valence   ------o-- +0.50" in text
 
 
@@ -237,7 +243,7 @@ def test_colours_are_the_only_escapes(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     stream.isatty = lambda: True
     hostile = RECORD | {"image": HOSTILE, "explanations": [{"emotion": "awe", "explanation": "a \x1b]0;title\x07 \x9b31m b"}], "note": "\x1b[2J"}
-    text = sample.text_card(hostile, Terminal(stream))
+    text = text_card(ANSWERER, hostile, Terminal(stream))
     plain = re.sub(r"\x1b\[(1;)?38;2;\d+;\d+;\d+m|\x1b\[0m", "", text)
     assert text != plain and not any(ord(letter) < 32 and letter != "\n" or 127 <= ord(letter) < 160 for letter in plain)
 
@@ -379,13 +385,13 @@ def test_the_precision_is_told_with_its_reason(ask, pictures, folder, monkeypatc
 
 
 def test_answers_are_not_kept(ask, pictures, monkeypatch):
-    alive, show = [], sample.show
+    alive, show = [], answers.show
     def count(*arguments) -> None:
         gc.collect()
-        alive.append(sum(type(one) is sample.Answer for one in gc.get_objects()))
+        alive.append(sum(type(one) is answers.Answer for one in gc.get_objects()))
         show(*arguments)
-    monkeypatch.setattr(sample, "BATCH", 1)
-    monkeypatch.setattr(sample, "show", count)
+    monkeypatch.setattr(answers, "BATCH", 1)
+    monkeypatch.setattr(answers, "show", count)
     ask(*pictures, "--html", "page.html", "--out", "out.jsonl")
     assert len(alive) == 5 and max(alive) <= 2
 
@@ -409,7 +415,7 @@ def test_nothing_slow_is_imported():
 
 @pytest.fixture
 def address(make_model):
-    with Server(*sample.upload_pages(make_model(), "a test model", sample.Wish(attention=True)), 0) as running:
+    with Server(*upload_pages(sample.Explainer(make_model(), "a test model", sample.Wish(attention=True))), 0) as running:
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         yield "127.0.0.1", running.server_port
         running.shutdown()
@@ -429,9 +435,10 @@ def test_the_server_answers_a_picture(address, pictures):
 def test_the_server_says_what_the_program_says(address, make_model, pictures, tmp_path):
     photo = tmp_path / "photo.jpg"  # large enough for a JPEG to be decoded at a smaller scale
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 50, 3), np.uint8)).resize((2500, 3000)).save(photo)
+    answerer = sample.Explainer(make_model(), "", sample.Wish(attention=True))
     for picture in (pictures[0], photo):
-        [one] = sample.answers_for(make_model(), [picture], sample.Wish(attention=True))
-        assert sample.card(one) == request(address, "POST", f"/answer?name={picture.name}", picture.read_bytes())[1]
+        [one] = answers_for(answerer, [picture])
+        assert card(answerer, one) == request(address, "POST", f"/answer?name={picture.name}", picture.read_bytes())[1]
 
 
 def test_what_is_no_picture_or_question(address, pictures):
@@ -513,10 +520,11 @@ def test_a_real_upload_in_a_browser(address, pictures):
 
 @pytest.mark.skipif(not BUNDLED.is_dir(), reason="the bundled model is not made yet")
 def test_the_bundled_model_answers_sensibly_about_the_bundled_pictures():
-    answers = [one.record for one in sample.answers_for(load_model(BUNDLED), EXAMPLES, sample.Wish(greedy=True))]
-    assert len(answers) >= 4
+    answerer = sample.Explainer(load_model(BUNDLED), "", sample.Wish(greedy=True))
+    told = [one.record for one in answers_for(answerer, EXAMPLES)]
+    assert len(told) >= 4
     valence = {True: [], False: []}
-    for one in answers:
+    for one in told:
         wanted = Path(one["image"]).name.split("-")[0]  # the examples are named after the mood they were painted in
         assert one["emotion"] == wanted, one
         assert len(one["words"]) > 5 and sum(word["vad"] is not None for word in one["words"]) >= 2

@@ -1,6 +1,6 @@
 // Send the chosen picture with the form's fields, and put the answer into the page.
 const find = name => document.querySelector(name);
-const form = find('form'), drop = find('.drop'), state = find('[role=status]'), again = find('button[name=seed]');
+const form = find('form'), chooser = find('input[type=file]'), drop = find('.drop'), state = find('[role=status]'), again = find('button[name=seed]');
 let picture = null, seed = 0, latest = 0;
 
 async function ask() {
@@ -26,13 +26,19 @@ async function ask() {
 function take(files) {
   if (!files.length) return;
   picture = files[0];
+  chooser.value = '';  // the same file can be chosen again
+  for (const list of document.querySelectorAll('select')) list.selectedIndex = 0;  // what was typed stays
+  anew();
+}
+
+function anew() {
   seed = 0;
-  form.reset();
   ask();
 }
 
-find('input[type=file]').addEventListener('change', event => take([...event.target.files]));
-find('.controls').addEventListener('change', () => { seed = 0; ask(); });
+chooser.addEventListener('change', () => take([...chooser.files]));
+for (const list of document.querySelectorAll('select')) list.addEventListener('change', anew);
+form.addEventListener('submit', event => { event.preventDefault(); anew(); });
 if (again) again.addEventListener('click', () => { seed += 1; ask(); });
 for (const kind of ['dragover', 'dragleave', 'drop']) document.addEventListener(kind, event => {
   event.preventDefault();
