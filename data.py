@@ -331,22 +331,23 @@ class PictureFiles(torch.utils.data.Dataset):
             return str(problem)
 
 
-def open_store(art: Art, model: SEVLM, folder: str | Path | None = None) -> Store:
+def open_store(art: Art, model: SEVLM, folder: str | Path | None = None, dtype: torch.dtype = torch.float32) -> Store:
     """The file of all pictures' features (fp16, frozen tower) or pixels (uint8, tower in training), made if need be.
 
-    Its name depends on tower and preprocessing, an entry's stamp on its picture's path, size and time.
+    Its name depends on tower, preprocessing and the type that the tower computes in, an entry's stamp on its picture's
+    path, size and time.
     """
     config = model.config
     if config.train_tower:
-        what, shape, dtype = "pixels", (3, config.image_size, config.image_size), np.uint8
+        what, shape, kept = "pixels", (3, config.image_size, config.image_size), np.uint8
     else:
-        what, shape, dtype = "features", (config.patches, config.tower_width), np.float16
+        what, shape, kept = "features", (config.patches, config.tower_width), np.float16
     kind = repr((what, config.image_size, config.crop, config.authors_pixels))
     if not config.train_tower:
-        kind += tower_fingerprint(model)
+        kind += f"{tower_fingerprint(model)} {dtype}"
     short = hashlib.sha256(kind.encode()).hexdigest()[:8]
     path = Path(folder or art.folder / "cache") / f"{art.name}-{what}-{short}.store"
-    return Store(path, [f"{kind} {stamp(file)}" for file in art.files], shape, dtype, what)
+    return Store(path, [f"{kind} {stamp(file)}" for file in art.files], shape, kept, what)
 
 
 def tower_fingerprint(model: SEVLM) -> str:

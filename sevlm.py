@@ -860,8 +860,8 @@ def read_config(folder: Path) -> dict:
             if theirs else ""))
     stored = read_json(path)
     if not isinstance(stored, dict) or "sevlm" not in stored or not isinstance(stored.get("about", {}), dict):
-        asked = stored.get("ask") if isinstance(stored, dict) else None  # another system's, which says how
-        raise UserError(f"{path} was not written by SEVLM" + f"; this model answers to {asked}" * isinstance(asked, str))
+        ask = stored.get("ask") if isinstance(stored, dict) else None  # another system of this project says how
+        raise UserError(f"{path} was not written by SEVLM" + (f"; to ask this model: {ask}" if ask else ""))
     return stored
 
 

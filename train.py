@@ -223,7 +223,7 @@ def open_pictures(art: Art, model: SEVLM, settings: Settings, world: World, want
                   ) -> Pictures:
     """Encode what is not stored yet, by default of every painting. Each machine has a store of its own."""
     with world.first_here():
-        store = open_store(art, model, settings.cache or None)
+        store = open_store(art, model, settings.cache or None, world.dtype)
     problems = fill_store(store, art, model, wanted, workers_of(settings, world), world.local_rank, world.local_size,
                           world.dtype)
     problems = world.merge({art.names[painting]: why for painting, why in problems.items()})

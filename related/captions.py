@@ -125,7 +125,7 @@ def stored_features(art: Art, settings: Captioning, machine: Machine) -> Picture
 def tower_features(art: Art, source: str, machine: Machine) -> Pictures:
     model = load_model(source, "--weights").to(machine.device)
     model.config = dataclasses.replace(model.config, train_tower=False)  # trained or not, it is done: store features
-    store = open_store(art, model)
+    store = open_store(art, model, dtype=machine.dtype)
     problems = fill_store(store, art, model, dtype=machine.dtype)
     usable = np.array([painting not in problems for painting in range(len(art.names))])
     blank = torch.zeros(16, 3, model.config.image_size, model.config.image_size, device=machine.device)

@@ -38,7 +38,7 @@ from data import Art, add_data_options, art_of
 from metrics import evaluate, references_of, text_classifier_of
 from related import emotion_classifier
 from related.comparison import RULES, System, chance, cost, cost_table, jointly, score_table, scores_of, told
-from related.gates import GATES, Fitted, fit_gate, one_answer, published_gate
+from related.gates import GATES, Fitted, first_as_good, fit_gate, one_answer, published_gate
 from related.said import Said, explained, labelled_pictures, said_of, stored_features
 from related.training import CONFIG, WEIGHTS, Machine, config_of, finish, fit, load_weights, opened
 from sample import Wish, add_options, find_checkpoint, fingerprint, introduce, respond
@@ -225,7 +225,7 @@ class Expert:
         self.student, gate = Student(config["width"], classes, config["hidden"]).eval(), GATES[config["gate"]](classes)
         load_weights(self.student, folder / "student")
         load_weights(gate, folder)
-        self.gate = Fitted(config["gate"], config["reads"], config["start"], config["steps"], config["loss"], gate)
+        self.gate = Fitted(config["gate"], config["reads"], config["start"], config["steps"], gate)
 
     def __call__(self, model: SEVLM, features: Tensor) -> tuple[Tensor, list[str]]:
         """What sample.py asks for: log-probabilities (B, C), and a line about each picture."""
@@ -273,7 +273,7 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
         logits = student(said["val"].pooled)
     gates = [fit_gate(name, logits, said["val"].decoder, said["val"].shares, seed)
              for name in progress(list(GATES), "gates")]
-    best = min(gates, key=lambda gate: gate.loss)
+    best = gates[first_as_good(torch.stack([gate.losses for gate in gates], 1))]
     systems = systems_of(said, student, gates, teacher, model.config.patches)
     if options.as_published:
         systems[PUBLISHED] = published(said, student, seed)
@@ -285,7 +285,7 @@ def train_expert(run: Path, options: argparse.Namespace) -> dict:
         save_file(best.gate.state_dict(), temporary)
     write_json(folder / "results.json", finite_only(results))
     write_json(folder / CONFIG, {"system": SYSTEM, **about, "gate": best.name, "reads": best.form, "start": best.start,
-                                 "steps": best.steps, "loss": best.loss})
+                                 "steps": best.steps})
     return results
 
 

@@ -28,7 +28,7 @@ from data import Art, PictureBatches, add_data_options, art_of, fill_store, open
 from metrics import Prediction, read_predictions
 from related.tsne import neighbours, tsne
 from sevlm import FIXED_BOUNDARY, SEVLM, load, masked_mean
-from support.device import choose_device
+from support.device import choose_device, choose_precision
 from support.pages import colours
 from support.program import UserError, aligned, replacing, run_program, write_json
 from support.scores import Scores, bootstrap, mean_score
@@ -60,8 +60,9 @@ def by_position(model: SEVLM, ids: Tensor) -> Tensor:
 def vectors_of(model: SEVLM, art: Art, answers: dict[str, Prediction], authors: bool, batch: int = 64) -> Vectors:
     place = {name: painting for painting, name in enumerate(art.names)}
     wanted = np.array([place[name] for name in answers if name in place], int)
-    store = open_store(art, model)
-    problems = fill_store(store, art, model, wanted)
+    dtype, _ = choose_precision("auto", model.device, model.config.width)  # as the features of training were stored
+    store = open_store(art, model, dtype=dtype)
+    problems = fill_store(store, art, model, wanted, dtype=dtype)
     wanted = np.array([painting for painting in wanted if painting not in problems], int)
     if len(wanted) == 0:
         raise UserError(f"none of the {len(answers):,} answers is about a picture of {art.source}")

@@ -64,7 +64,7 @@ def labelled_pictures(folder: Path) -> LabelledPictures:
 
 def stored_features(art: Art, model: SEVLM, machine: Machine) -> tuple[Store, dict[str, str]]:
     """The features of all pictures of the splits, and why some have none. The tower must be frozen."""
-    features = open_store(art, model)
+    features = open_store(art, model, dtype=machine.dtype)
     wanted = np.concatenate([art.paintings(split) for split in SPLITS[:3]])
     problems = fill_store(features, art, model, wanted, dtype=machine.dtype)
     return features, {art.names[painting]: why for painting, why in problems.items()}
