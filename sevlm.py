@@ -542,6 +542,10 @@ class SEVLM(nn.Module):
         """Token ids (N, L) with all that follows from them."""
         return {"ids": ids, "segments": self.text.segments(ids), "vad": self.vad(ids)}
 
+    def decoding(self, features: Tensor, prompt: Tensor, length: int) -> "Decoding":
+        """What `generate` and `beam_search` go on with; another model may have one of its own."""
+        return Decoding(self, features, prompt, length)
+
     @torch.no_grad()
     def score(self, pictures: Tensor, emotions: Sequence[str], explanations: Sequence[str]) -> Tensor:
         """How well each (image, emotion, explanation) matches, by the contrastive head: (N,)."""
@@ -668,7 +672,7 @@ def generate(model: SEVLM, features: Tensor, openings: Sequence[Sequence[int]] |
     """
     length, text, B = length or model.config.length, model.text, len(features)
     dictated, start = padded(model, openings, B, length)
-    decoding = Decoding(model, features, dictated[:, :start], length)
+    decoding = model.decoding(features, dictated[:, :start], length)
     picture = torch.arange(B, device=model.device).repeat_interleave(samples)  # of each sentence
     dictated, ids = dictated[picture], torch.full((B * samples, length), text.pad, device=model.device)
     ids[:, :start] = dictated[:, :start]
@@ -716,7 +720,7 @@ def beams_of(model: SEVLM, features: Tensor, opening: Sequence[int], beams: int,
     """One picture (1, K, d). Each step keeps the best of all continuations and of the sentences already finished."""
     text, device = model.text, model.device
     special = torch.tensor(text.special, device=device)
-    decoding = Decoding(model, features, torch.tensor([opening], device=device), length)
+    decoding = model.decoding(features, torch.tensor([opening], device=device), length)
     scores = torch.zeros(1, device=device)  # of the sentences that `decoding` holds
     done, done_scores = torch.empty(0, length, dtype=torch.long, device=device), torch.empty(0, device=device)
     for _ in range(len(opening), length):

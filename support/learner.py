@@ -44,11 +44,8 @@ class Progress:
 class Learner:
     """A model and its optimizer. Each group of weights has a `name` and its own learning rate, `base`."""
 
-    def __init__(self, model: nn.Module, settings, world: World, groups: Sequence[dict] = ()):
-        """Without groups all weights learn alike."""
+    def __init__(self, model: nn.Module, settings, world: World, groups: Sequence[dict]):
         self.model, self.world = model, world
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        groups = groups or [dict(params=trained, name="all weights", base=settings.lr)]
         self.optimizer = torch.optim.AdamW(groups, settings.lr, eps=1e-6, weight_decay=settings.weight_decay,
                                            fused=world.device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype == torch.float16)

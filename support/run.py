@@ -43,7 +43,7 @@ def make_folder(folder: Path, files: Mapping[str, str | dict], numbered: bool = 
                 if not wanted.exists():
                     raise
                 if not numbered:
-                    raise UserError(f"{folder} is there already; name another --name") from None
+                    raise UserError(f"{folder} is there already; name another one") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

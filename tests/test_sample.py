@@ -297,7 +297,7 @@ def test_the_gallery_in_a_browser(ask, pictures, tmp_path):
 # the program
 
 def test_mistakes_are_named(ask, pictures, folder, tmp_path):
-    for name, config in (("foreign", '{"model_type": "gpt2"}'), ("runs/other", '{"classes": 9}')):
+    for name, config in (("foreign", '{"model_type": "gpt2"}'), ("runs/other", '{"classes": 9}'), ("asks", '{"ask": "python ask.py PICTURES"}')):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(config)
     (tmp_path / "nothing").mkdir()
@@ -306,6 +306,7 @@ def test_mistakes_are_named(ask, pictures, folder, tmp_path):
             ((tmp_path / "none.jpg",), "no such file"), ((tmp_path / "nothing",), "no pictures in"), ((), "name a picture"),
             ((pictures[0], "--checkpoint", tmp_path / "nothing"), "is no SEVLM checkpoint"),
             ((pictures[0], "--checkpoint", tmp_path / "foreign"), "was not written by SEVLM"),
+            ((pictures[0], "--checkpoint", tmp_path / "asks"), "python ask.py PICTURES"),
             ((pictures[0], "--checkpoint", "runs/typo"), "runs/typo: there is no such folder"),
             ((pictures[0], "--checkpoint", tmp_path / "release"), "python -m related.authors .* --lexicon FILE --out FOLDER"),
             ((pictures[0], "--device", "tpu"), "this machine has")]:

@@ -7,7 +7,8 @@
 
 A painting's mood is a point of valence, arousal and dominance. It decides palette, light, contrast, turbulence and
 size; a subject decides what is there. Annotators feel an emotion whose prototype is near the mood, each with doubts of
-their own. toy.json keeps what nobody knows of a real painting: the emotion that its mood makes the likeliest.
+their own. toy.json keeps what nobody knows of a real painting: the emotion that its mood makes the likeliest, and the
+truth about what there is to see.
 """
 import csv
 import hashlib
@@ -185,6 +186,9 @@ def disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, shade: tu
 
 # 3. Annotators
 
+TRUTH = ("subject", "colour", "size", "brightness")  # size is the subject's: high, low or middle
+
+
 @dataclass
 class Painting:
     """One painting and all that is said about it."""
@@ -192,6 +196,7 @@ class Painting:
     name: str
     annotations: list[tuple[str, str]]  # emotion and explanation, one for each annotator
     likeliest: str  # the emotion that annotators of this mood feel most often
+    truth: dict[str, str | float]  # what there is to see, by the names of TRUTH
     image: Image.Image
 
 
@@ -213,7 +218,10 @@ def painting(number: int) -> Painting:
         annotations.append((EMOTIONS[emotion], text + "." * (rng.random() < .5)))
     name = f"{ARTISTS[rng.integers(len(ARTISTS))]}_{palette}-{subject}-{number:05}-{rng.integers(1860, 1940)}"
     style = STYLES[rng.integers(len(STYLES))]
-    return Painting(style, name, annotations, EMOTIONS[likely.argmax()], paint(mood, subject, palette, rng))
+    image = paint(mood, subject, palette, rng)
+    brightness = round(float(np.asarray(image.convert("L")).mean()) / 255, 3)
+    truth = dict(zip(TRUTH, (subject, palette, size, brightness), strict=True))
+    return Painting(style, name, annotations, EMOTIONS[likely.argmax()], truth, image)
 
 
 def feelings(mood: np.ndarray) -> np.ndarray:
@@ -270,9 +278,9 @@ def paint_toy(folder: Path, count: int) -> None:
 
 
 def toy_key(count: int) -> str:
-    """Changes with everything that decides the files: the rules here, the grammar and the lexicon."""
+    """Changes with everything that decides the files: the rules here, the grammar, the lexicon, and what is kept."""
     texts = [path.read_text(encoding="utf-8") for path in (GRAMMAR, LEXICON)]
-    return hashlib.sha256(repr([TOY_VERSION, SIDE, count, *texts]).encode()).hexdigest()
+    return hashlib.sha256(repr([TOY_VERSION, TRUTH, SIDE, count, *texts]).encode()).hexdigest()
 
 
 def stored_key(folder: Path) -> str | None:
@@ -288,7 +296,7 @@ def stored_key(folder: Path) -> str | None:
 def fill(folder: Path, count: int, key: str) -> None:
     for style in STYLES:
         (folder / "wikiart" / style).mkdir(parents=True)
-    likeliest = {}
+    likeliest, truth = {}, {}
     method = "fork" if sys.platform == "linux" else "spawn"  # fork needs no second import
     pool = get_context(method).Pool(min(8, os.cpu_count() or 1), initializer=signal.signal,
                                     initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is this process's to answer
@@ -300,5 +308,7 @@ def fill(folder: Path, count: int, key: str) -> None:
             writer.writerows((made.style, made.name, emotion, text, len(made.annotations))
                              for emotion, text in made.annotations)
             likeliest[f"{made.style}/{made.name}"] = made.likeliest
+            truth[f"{made.style}/{made.name}"] = made.truth
     shutil.copyfile(LEXICON, folder / "lexicon.txt")
-    write_json(folder / ABOUT, {"version": TOY_VERSION, "paintings": count, "key": key, "likeliest": likeliest})
+    write_json(folder / ABOUT, {"version": TOY_VERSION, "paintings": count, "key": key, "likeliest": likeliest,
+                                "truth": truth})
