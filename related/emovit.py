@@ -3,11 +3,10 @@
     [soft prompt][question][answer, end][padding]
 
     1. Config, Text     sizes; questions and answers as token ids
-    2. LanguageModel    GPT-2 as it was, behind a soft prompt
-    3. EmoVIT           tower -> Q-Former (qformer.py), which has read the question -> projection -> language model:
-                        loss, the likelihood of given answers, answers in the model's own words
-    4. Weights          from CLIP, GPT-2, BERT or InstructBLIP, or from a run of train.py; saved and loaded
-    5. Program
+    2. EmoVIT           tower -> Q-Former (qformer.py), which has read the question -> projection -> language model
+                        (language_model.py): loss, the likelihood of given answers, answers in the model's own words
+    3. Weights          from CLIP, GPT-2, BERT or InstructBLIP, or from a run of train.py; saved and loaded
+    4. Program
 
     python -m related.emovit                                 train on the toy
     python -m related.emovit --data artemis_v1               CLIP and GPT-2 small, for one GPU of 11 GB
@@ -31,10 +30,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from data import add_data_options
 from related.instructions import processed
+from related.language_model import Decoding, LanguageModel
 from related.qformer import (
     FOREIGN,
     QFormer,
@@ -45,20 +44,7 @@ from related.qformer import (
     instructblip_tensors,
     sizes_of,
 )
-from sevlm import (
-    IGNORE,
-    MLP,
-    SEVLM,
-    Cache,
-    Embedding,
-    Linear,
-    SelfAttention,
-    VisionTower,
-    beam_search,
-    generate,
-    normalise,
-    tanh_gelu,
-)
+from sevlm import IGNORE, SEVLM, Linear, VisionTower, beam_search, generate, normalise
 from support.files import fetch, find_file, is_hub_id, load_checked, read_tensors, read_tokenizer
 from support.program import UserError, read_json, replacing, run_program, write_json, write_text
 from support.public import CLIP_FILES, CLIP_HUB, GPT2_FILES, clip_tensors, decoder_sizes, gpt2_tensors, tower_sizes
@@ -163,91 +149,7 @@ class Encoded:
         return {name: torch.from_numpy(array) for name, array in inputs.items()}
 
 
-# 2. Language model
-
-class LanguageBlock(nn.Module):
-    """GPT-2's own block: SEVLM's has a cross-attention layer in it."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(config.width), SelfAttention(config.width, config.heads, causal=True)
-        self.ln_2, self.mlp = nn.LayerNorm(config.width), MLP(config.width, tanh_gelu)
-
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
-
-
-class LanguageModel(nn.Module):
-    """GPT-2 behind a soft prompt: rows of its own width that stand where words would."""
-
-    def __init__(self, config: Config, vocabulary: int):
-        super().__init__()
-        self.wte, self.wpe = Embedding(vocabulary, config.width), Embedding(config.positions, config.width)
-        self.blocks = nn.ModuleList(LanguageBlock(config) for _ in range(config.layers))
-        self.ln_f = nn.LayerNorm(config.width)
-
-    def embed(self, soft: Tensor, ids: Tensor) -> Tensor:
-        """(N, Q, w) and (N, L) -> (N, Q + L, w); positions run on from 0."""
-        x = torch.cat([soft, self.wte(ids)], 1)
-        return x + self.wpe.weight[:x.shape[1]]
-
-    def forward(self, x: Tensor, caches: Sequence[Cache | None] | None = None) -> Tensor:
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, cache)
-        return self.ln_f(x)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.wte.weight)  # (..., V)
-
-    def surprise(self, soft: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
-        """-log p of each token that is a label, given all before it; 0 elsewhere: (N, L)."""
-        hidden = self(self.embed(soft, ids))[:, soft.shape[1] - 1:-1]  # what is before each token of the text
-        wanted = labels != IGNORE
-        logits = self.logits(hidden[wanted]).float()  # none where nothing is asked
-        found = F.cross_entropy(logits, labels[wanted], reduction="none")
-        return torch.zeros_like(labels, dtype=found.dtype).masked_scatter(wanted, found)
-
-
-class Decoding:
-    """Answers on their way, as `generate` and `beam_search` want them."""
-
-    def __init__(self, decoder: LanguageModel, soft: Tensor, ids: Tensor, length: int):
-        self.decoder, self.soft, self.ids = decoder, soft, ids
-        self.caches = [Cache(soft.shape[1] + length) for _ in decoder.blocks]
-
-    def append(self, tokens: Tensor) -> None:
-        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
-
-    def logits(self) -> Tensor:
-        """For the next token of each answer: (n, V), float32."""
-        unread = self.decoder.embed(self.soft, self.ids)[:, self.caches[0].length:]
-        return self.decoder.logits(self.decoder(unread, self.caches)[:, -1]).float()
-
-    def log_probs(self, answers: Sequence[Sequence[int]]) -> Tensor:
-        """Of each of C whole answers, after each of n questions: (n, C)."""
-        n, C, device = len(self.ids), len(answers), self.ids.device
-        told = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in answers], batch_first=True).to(device)
-        lengths = torch.tensor(list(map(len, answers)), device=device)
-        real = torch.arange(told.shape[1], device=device) < lengths[:, None]
-        told, real = told.repeat(n, 1), real.repeat(n, 1)  # (n C, longest answer)
-        logits = self.logits().repeat_interleave(C, 0)  # a question is read once for all answers
-        self.select(torch.arange(n, device=device).repeat_interleave(C))
-        total = torch.zeros(n * C, device=device)
-        for place, tokens in enumerate(told.unbind(1)):
-            if place:
-                logits = self.logits()
-            total -= F.cross_entropy(logits, tokens, reduction="none") * real[:, place]
-            self.append(tokens)
-        return total.view(n, C)
-
-    def select(self, answers: Tensor) -> None:
-        self.soft, self.ids = self.soft[answers], self.ids[answers]
-        for cache in self.caches:
-            cache.select(answers)
-
-
-# 3. EmoVIT
+# 2. EmoVIT
 
 @dataclass
 class Output:
@@ -334,7 +236,7 @@ class EmoVIT(nn.Module):
         return Decoding(self.decoder, soft, ids, length)
 
 
-# 4. Weights
+# 3. Weights
 
 ASK = "python -m related.emovit PICTURES --ask QUESTION --run FOLDER"  # for who shows a run to another program
 GPT2_SMALL = "openai-community/gpt2"
@@ -438,7 +340,7 @@ def newest_emovit(runs: str | Path = "runs") -> Path:
     raise UserError(f"{runs} holds no EmoVIT yet; python -m related.emovit trains one")
 
 
-# 5. Program
+# 4. Program
 
 def main() -> int | None:
     from related import asked, emovit_scores, emovit_training  # they import this file
