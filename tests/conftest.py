@@ -20,7 +20,7 @@ What each file guards:
   test_instructions.py     EmoVIT's records, clues, requests, replies, the held-out sets (fixture)
   test_emovit.py           its Q-Former and language model, masks, weights, training stopped and gone on with (fixture)
   test_asked.py            questions about pictures in every way, scores of answers whose truth is known
-  test_related_*.py, test_emovlm_kd.py, test_figure8.py, test_table1.py   the systems of related/ (fixtures)
+  test_related.py, test_emovlm_kd.py, test_figure8.py, test_table1.py   the other systems of related/ (fixtures)
 
 Programs beside them: bench.py measures speed and memory, lemmas_against_wordnet.py how often lemmas are WordNet's.
 """
