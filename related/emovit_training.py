@@ -27,8 +27,7 @@ from data import Art, Batch, loader
 from related.emovit import GPT2_SMALL, Config, EmoVIT, Encoded, Text, from_public, from_run, save
 from related.instructions import KINDS, Record, read_records, records_of, source_of
 from related.training import best_epoch, finish, refuse_another
-from sample import find_checkpoint
-from sevlm import IGNORE, load_model
+from sevlm import BUNDLED, IGNORE, load_model
 from support.device import peak_memory
 from support.learner import MOST_SKIPPED, Interrupted, Learner, Progress, dropout_seed, finite, pace, resume, save_state
 from support.program import UserError
@@ -288,7 +287,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     start = parser.add_argument_group("what training starts from")
     start.add_argument("--name", help="of the folder under runs/ (default: DATA-emovit); what it holds is gone on with")
     start.add_argument("--from", dest="start", metavar="RUN", help="tower, tokenizer and decoder of a run of "
-                       "train.py, in place of CLIP and GPT-2 (the toy's default: the newest, else examples/toy)")
+                       "train.py, in place of CLIP and GPT-2 (the toy's default: examples/toy)")
     start.add_argument("--records", metavar="FILE", help="learn from these records, which related.instructions writes "
                        "(default: those made from the data alone)")
     start.add_argument("--clip", default=CLIP_HUB, metavar="SOURCE",
@@ -309,7 +308,7 @@ def starting_model(options: argparse.Namespace) -> tuple[EmoVIT, bool]:
         return from_public(options.clip, options.gpt2, options.bert, options.qformer, **changes), False
     if idle := [flag(name) for name in ("bert", "qformer") if getattr(options, name)]:
         raise UserError(f"{idle[0]} has no effect where a run of train.py is built on; leave it out")
-    base = load_model(options.start or find_checkpoint(), "--from")
+    base = load_model(options.start or BUNDLED, "--from")
     small = base.config.train_tower
     return from_run(base, **(SMALL_MODEL if small else {}) | changes), small
 
