@@ -32,7 +32,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from data import add_data_options
-from related.instructions import processed
 from related.language_model import Decoding, LanguageModel
 from related.qformer import (
     FOREIGN,
@@ -44,6 +43,7 @@ from related.qformer import (
     instructblip_tensors,
     sizes_of,
 )
+from related.questions import processed
 from sevlm import IGNORE, SEVLM, Linear, VisionTower, beam_search, generate, normalise
 from support.files import fetch, find_file, is_hub_id, load_checked, read_tensors, read_tokenizer
 from support.program import UserError, read_json, replacing, run_program, write_json, write_text

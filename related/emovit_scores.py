@@ -38,7 +38,8 @@ from data import Art, PictureFiles, best_accuracy
 from related.asked import Wish, dialogue
 from related.emovit import EmoVIT, load_emovit, read_config
 from related.heldout import held_out
-from related.instructions import PARAPHRASES, WHY, Clue, closed_answer, clue_questions, named, right, source_of
+from related.instructions import Clue, clue_questions, reason_question, right, source_of
+from related.questions import PARAPHRASES, closed_answer, named
 from related.training import Machine
 from sample import introduce
 from support.answers import SHOWN, picture_card
@@ -146,7 +147,7 @@ def answers_about(model: EmoVIT, features: Tensor, exam: Exam, names: Sequence[s
     wordings = [[wording(exam.labels)] * len(names) for wording in PARAPHRASES]
     log_probs = torch.stack([model.answer_log_probs(features, each, answers).float().cpu() for each in wordings], 1)
     said = model.answer(features, wordings[0])
-    reasons = (model.answer(features, [WHY[0].format(likeliest(exam, one)) for one in log_probs])
+    reasons = (model.answer(features, [reason_question(likeliest(exam, one)) for one in log_probs])
                if exam.references else [""] * len(names))
     asked = [(place, clue) for place, name in enumerate(names) for _, clue in exam.clues.get(name, ())]
     told = iter(model.answer(features[[place for place, _ in asked]], [clue.question for _, clue in asked])
@@ -330,7 +331,7 @@ def dialogue_of(exam: Exam, image: str, sheet: Sheet) -> list[dict]:
     answers += [{"question": clue.question, "answer": answer, "right": right(clue, answer), "truth": clue.truth}
                 for (_, clue), answer in zip(exam.clues.get(image, ()), sheet.clues, strict=True)]
     if exam.references:
-        answers.append({"question": WHY[0].format(likeliest(exam, sheet.log_probs)), "answer": sheet.reason})
+        answers.append({"question": reason_question(likeliest(exam, sheet.log_probs)), "answer": sheet.reason})
     return answers
 
 

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from data import Art, Batch, loader
 from related.emovit import GPT2_SMALL, Config, EmoVIT, Encoded, Text, from_public, from_run, save
-from related.instructions import KINDS, Record, read_records, records_of, source_of
+from related.instructions import records_of, source_of
+from related.questions import KINDS, Record, read_records
 from related.training import best_epoch, finish, refuse_another
 from sevlm import BUNDLED, IGNORE, load_model
 from support.device import peak_memory

@@ -1,11 +1,9 @@
 """Instructions for EmoVIT (Xie et al., CVPR 2024, "Revolutionizing Emotion Insights with Visual Instruction Tuning"):
 questions about pictures, and the answers to them.
 
-    1. Records        picture, question, answer; the published JSON
-    2. Questions      which emotion is it, in five wordings; how a model reads a question; what an answer names
-    3. Sources        records from votes, from clues, and from what annotators said; questions of known answer
-    4. Language model requests for any of them, and records from its replies
-    5. Program
+    1. Sources           records from votes, from clues, and from what annotators said; questions of known answer
+    2. Language model    requests for any of them, and records from its replies
+    3. Program
 
 The original has GPT-4 write all dialogues, from EmoSet's attributes. Here there are three kinds of records without it:
 
@@ -13,128 +11,33 @@ The original has GPT-4 write all dialogues, from EmoSet's attributes. Here there
     conversation      what is there, how bright, which colours?     from clues
     reasoning         why, and could somebody feel differently?     in the annotators' own words
 
-emoset.py reads EmoSet and what a language model writes, clues.py knows what there is to see. No record is of a picture
-of the val or test split, unless it is asked for.
+questions.py has records and wordings, emoset.py reads EmoSet and what a language model writes, clues.py knows what
+there is to see. No record is of a picture of the val or test split, unless it is asked for.
 
     python -m related.instructions --data toy --show 3
     python -m related.instructions --emoset FOLDER --requests requests.jsonl
     python -m related.instructions --emoset FOLDER --replies replies.jsonl --out records.json
 """
 import argparse
-import json
 import random
-import re
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from data import Art, add_data_options, art_of
-from related.clues import BRIGHTNESS, SHOWN, WORDINGS, Clues, clues_of, enumerated
+from related.clues import BRIGHTNESS, SHOWN, WORDINGS, Clues, clues_of
 from related.emoset import EmoSet, clue_text, emoset_clue, pairs_of, positions, read_emoset, read_replies, request
+from related.questions import KINDS, Record, closed_answer, closed_question, named, stem, write_records
 from support.names import first_few
-from support.pictures import is_picture
 from support.program import UserError, aligned, printable, run_program, write_text
-from support.records import json_records, text_in
 from support.splits import SPLITS
 from toy.painter import PALETTES, SHAPES
 
-KINDS = ("categorical", "conversation", "reasoning")
-
-
-# 1. Records
-
-@dataclass(frozen=True)
-class Record:
-    image: str  # its name in the data set
-    question: str
-    answer: str
-    kind: str
-    emotion: str  # what the picture evokes, or in reasoning, what is explained; "" if a file does not say
-
-
-def stem(image: str) -> str:
-    """A picture's name without its suffix; the names of paintings have none, but dots."""
-    return image.rpartition(".")[0] if is_picture(image) else image
-
-
-def write_records(path: str | Path, records: Iterable[Record]) -> None:
-    """As published: a list of conversations of one turn; the id is the number in the picture's name."""
-    content = []
-    for record in records:
-        number = re.search(r"_(\d+)$", stem(record.image))
-        turns = [{"from": "human", "value": record.question}, {"from": "gpt", "value": record.answer}]
-        content.append({"id": number[1] if number else stem(record.image), "image": record.image,
-                        "conversations": turns})
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_records(path: str | Path) -> list[Record]:
-    return [one for where, content in json_records(Path(path)) for one in published_records(content, where)]
-
-
-def published_records(content, where: str) -> Iterator[Record]:
-    """One for each question. Its kind is told from its words, its emotion from a closed answer or EMOTION_ID.jpg."""
-    turns = content.get("conversations") if isinstance(content, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{where}: expected an object with id, image and conversations")
-    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise UserError(f"{where}: human and gpt must take turns, human first")
-    image = text_in(content, "image", where)
-    labelled = re.fullmatch(r"([a-z]+)_\d+", stem(image))
-    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        question, answer = (text_in(turn, "value", where) for turn in (human, gpt))
-        kind = kind_of(question)
-        emotion = answer.removeprefix(ANSWER) if kind == "categorical" else labelled[1] if labelled else ""
-        yield Record(image, question, answer, kind, emotion)
-
-
-def kind_of(question: str) -> str:
-    if ANSWER.strip() in question:
-        return "categorical"
-    return "reasoning" if re.search(r"\b(why|feels?|felt|emotions?)\b", question, re.IGNORECASE) else "conversation"
-
-
-# 2. Questions
-
-ANSWER = "Predict emotion: "
-INSTRUCTIONS = (  # the first as published, to the blank; the others are never trained on
-    ("Please select the emotion closest to the image from the following options:{} (Do not provide answers outside of "
-     "the candidates options.) Please answer in the following format:  Predict emotion:"),
-    "Which of these emotions does the image evoke: {}? Answer in the following format: Predict emotion:",
-    "From the options {}, please provide the emotion closest to the image. Format: Predict emotion:",
-    "Look at the image. Its emotion is one of {}. Select it in the format Predict emotion:",
-    "Candidates: {}. Please name the one closest to what somebody feels in front of the image. Predict emotion:")
-MOST_WORDS = 50  # of a question, as a model reads it
-
-
-def closed_question(labels: Sequence[str], instruction: str = INSTRUCTIONS[0]) -> str:
-    return instruction.format(enumerated(labels))
-
-
-PARAPHRASES = tuple(partial(closed_question, instruction=instruction) for instruction in INSTRUCTIONS)
-
-
-def closed_answer(label: str) -> str:
-    return ANSWER + label
-
-
-def processed(question: str) -> str:
-    """As a model reads it, in training and later: lower case, blanks for some punctuation, at most 50 words."""
-    blank = re.sub(r"\s{2,}", " ", re.sub(r"[.!\"()*#:;~]", " ", question.lower()))
-    return " " + " ".join(blank.rstrip("\n").strip(" ").split(" ")[:MOST_WORDS])
-
-
-def named(text: str, choices: Iterable[str]) -> list[str]:
-    """The choices that a text names, as whole words: "danger" is not "anger"."""
-    return [choice for choice in choices if re.search(rf"\b{re.escape(choice)}\b", text, re.IGNORECASE)]
-
-
-# 3. Sources
+# 1. Sources
 
 WHY = ("Why would somebody feel {}?", "Why does the picture evoke {}?", "Why is the emotion {}?",
        "What in the painting makes people feel {}?", "Somebody feels {} here. Why?")
@@ -147,11 +50,6 @@ DIFFERENTLY = ("Could somebody feel differently?", "Would everybody feel the sam
 def reason_question(emotion: str) -> str:
     """What is asked in a test."""
     return WHY[0].format(emotion)
-
-
-def reason_of(answer: str) -> str:
-    """The reason in an answer, without the emotion that may stand before it."""
-    return answer.rpartition(", because ")[2]
 
 
 def records_of(art: Art, split: str = "train", kinds: Sequence[str] = KINDS) -> list[Record]:
@@ -238,7 +136,7 @@ def right(clue: Clue, answer: str) -> bool:
     return named(answer, clue.choices) == [clue.truth]
 
 
-# 4. Language model
+# 2. Language model
 
 ASKED = {"conversation": 1000, "reasoning": 100}  # pictures of each emotion, as published
 EMOSETS_NAMES = {"colourfulness": "colorfulness", "subject": "object", "mentioned": "object"}
@@ -284,7 +182,7 @@ def records_from_replies(art: Art, source: Path, problems: list[str]) -> list[Re
     return records
 
 
-# 5. Program
+# 3. Program
 
 def source_of(options: argparse.Namespace) -> Art:
     return read_emoset(Path(options.emoset)) if options.emoset else art_of(options)

@@ -23,7 +23,8 @@ from related import asked, emovit, emovit_scores
 from related.asked import FIRST, Asked, Wish, add_options, ask
 from related.emovit import from_run
 from related.emovit_scores import Exam, examine, fewer_kinds, labelled, only_label, scores_of, told
-from related.instructions import PARAPHRASES, Clue, closed_answer
+from related.instructions import Clue
+from related.questions import PARAPHRASES, closed_answer
 from sevlm import BUNDLED, Config, load_model, load_pixels
 from support.answers import answers_for, card, text_card, upload_pages
 from support.program import UserError

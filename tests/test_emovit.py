@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from related import emovit, emovit_training
 from related.emovit import Config, EmoVIT, Encoded, from_public, from_run, load_emovit
-from related.instructions import KINDS, processed, records_of, write_records
+from related.instructions import records_of
 from related.language_model import Decoding, LanguageModel
 from related.qformer import QFormer, Sizes, instructblip_tensors
+from related.questions import KINDS, processed, write_records
 from sevlm import IGNORE, VisionTower, load_model
 from sevlm import save as save_run
 from support.program import UserError

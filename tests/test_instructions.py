@@ -17,7 +17,8 @@ from data import load_art
 from related import clues, emoset, instructions
 from related.emoset import authors_pairs, emoset_clue, pairs_of, positions, read_emoset, read_split
 from related.heldout import held_out
-from related.instructions import (
+from related.instructions import clue_questions, reason_question, records_from_replies, records_of, right
+from related.questions import (
     ANSWER,
     INSTRUCTIONS,
     KINDS,
@@ -25,16 +26,10 @@ from related.instructions import (
     Record,
     closed_answer,
     closed_question,
-    clue_questions,
     kind_of,
     named,
     processed,
     read_records,
-    reason_of,
-    reason_question,
-    records_from_replies,
-    records_of,
-    right,
     stem,
     write_records,
 )
@@ -299,11 +294,11 @@ def test_the_toys_records_say_what_annotators_and_the_maker_know(toy_records):
                 assert (one.answer[:3] == "Yes") == (named(one.question, painter.SHAPES) == [subject])
         said = [(art.emotions[art.emotion[row]], art.texts[row]) for row in art.rows_of(p)]
         reasons, differently = mine["reasoning"][:len(said)], mine["reasoning"][len(said):]
-        assert [(one.emotion, reason_of(one.answer)) for one in reasons] == said
+        assert [(one.emotion, one.answer.rpartition(", because ")[2]) for one in reasons] == said
         assert all(one.emotion in one.question or one.answer.startswith(one.emotion) for one in reasons)
         dissent = [one for one in said if one[0] != art.emotions[art.votes[p].argmax()]]
         if dissent:
-            assert [(one.emotion, reason_of(one.answer)) in dissent and one.answer.startswith("Yes") for one in differently] == [True]
+            assert [(one.emotion, one.answer.rpartition(", because ")[2]) in dissent and one.answer.startswith("Yes") for one in differently] == [True]
         else:
             assert [one.answer[:6] for one in differently] == ["Hardly"] * int(art.votes[p].max() == art.votes[p].sum())
     asked = {one.question for one in records if one.kind == "conversation"}
