@@ -465,7 +465,7 @@ def test_resume_takes_the_newest_run_that_is_not_finished(call, tmp_path, monkey
 
 def test_what_a_run_began_with_stays(run, call, tmp_path):
     run()
-    with pytest.raises(UserError, match=r"run0 is there already; name another --name"):
+    with pytest.raises(UserError, match=r"run0 is there already; name another one"):
         call("--name", "run0")
     for flag, value, known in (("--lr", "0.5", "0.0015"), ("--alpha", "1.0", "0.1"), ("--seed", "1", "0"), ("--width", "32", "16")):
         with pytest.raises(UserError, match=f"{flag} {value} contradicts .*run0, which began with {known}"):
