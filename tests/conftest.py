@@ -26,6 +26,7 @@ Programs beside them: bench.py measures speed and memory, lemmas_against_wordnet
 """
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SENTENCES = ["the gloomy sky hangs over a quiet sea", "two dancers' dresses glow in warm light",
              "the man's empty eyes frighten me", "it reminds me of melancholy autumn evenings",
              "i can't look away from the blue-grey storm", "the children laugh and the colors are bright"]
+
+
+def pytest_configure() -> None:
+    """A job in the background begins with Ctrl-C ignored, and so would all that the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def fixture_folder(variable: str, default: str) -> Path:
