@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data import Art
+from related.heldout import LabelledPictures
 from support.program import UserError, progress, read_json, read_text
 from support.records import json_records, short, text_in
 from support.splits import SPLITS
@@ -29,14 +30,11 @@ SINGLE = (*SCALES, "scene", "facial_expression", "human_action")  # `object` is 
 
 
 @dataclass
-class EmoSet(Art):
-    """A picture's label is its only vote; nobody explains anything. Pictures are in the order of the split files."""
+class EmoSet(LabelledPictures):
+    """Pictures are in the order of the split files."""
     captions: list[Path] = field(default_factory=list)  # (P,) whether they are there or not
     annotations: list[dict] = field(default_factory=list)  # (P,) as they are; empty if they cannot be read
     attributes: list[dict] = field(default_factory=list)  # (P,) what is valid of them
-
-    def paintings(self, split: str) -> np.ndarray:
-        return np.flatnonzero(self.split == SPLITS.index(split))
 
 
 class Entry(NamedTuple):

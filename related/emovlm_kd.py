@@ -40,7 +40,7 @@ from related import emotion_classifier
 from related.comparison import RULES, System, chance, cost, cost_table, jointly, score_table, scores_of, told
 from related.gates import GATES, Fitted, first_as_good, fit_gate, one_answer, published_gate
 from related.said import Said, explained, labelled_pictures, said_of, stored_features
-from related.training import CONFIG, WEIGHTS, Machine, config_of, finish, fit, load_weights, opened
+from related.training import CONFIG, WEIGHTS, Machine, config_of, descend, finish, fit, load_weights, opened
 from sample import Wish, add_options, find_checkpoint, fingerprint, introduce, respond
 from sevlm import SEVLM, emotion_log_probs, load_model
 from support.program import UserError, progress, read_json, replacing, run_program, write_json
@@ -113,11 +113,7 @@ def train_student(folder: Path, said: Mapping[str, Said], settings: Settings, se
     def epoch(_) -> float:
         total = 0.0
         for pictures in torch.randperm(len(train.votes)).split(settings.batch):
-            loss = loss_of(train, pictures, settings.tau)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += len(pictures) * loss.item()
+            total += len(pictures) * descend(optimizer, loss_of(train, pictures, settings.tau))
         return total / len(train.votes)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from related.training import descend
 from support.program import progress
 
 # 1. Gates. Each can be set to answer a v1 + b v2, which is where fitting begins; the weights not set are zero then.
@@ -163,10 +164,7 @@ def stages(name: str, v1: Tensor, v2: Tensor, shares: Tensor, seed: int) -> Iter
     for step in range(STEPS[-1] + 1):
         if step in STEPS:
             yield step, gate
-        loss = F.cross_entropy(gate(v1, v2), shares)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, F.cross_entropy(gate(v1, v2), shares))
 
 
 def best_sum(v1: Tensor, v2: Tensor, shares: Tensor) -> tuple[float, float]:
@@ -219,8 +217,5 @@ def published_gate(student: Tensor, decoder: Tensor, labels: Tensor, seed: int =
     for epoch in range(epochs):
         answers = one_answer(decoder, seed + epoch)
         for picture in progress(torch.randperm(len(labels)).split(1), f"the published gate, epoch {epoch + 1}"):
-            loss = F.cross_entropy(gate(student[picture], answers[picture]), labels[picture])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(optimizer, F.cross_entropy(gate(student[picture], answers[picture]), labels[picture]))
     return gate

@@ -1,4 +1,4 @@
-"""The seven sets of labelled pictures that emotion models are tested on, as they come.
+"""Labelled pictures as data sets, and the seven sets of them that emotion models are tested on, as they come.
 
 FI, and whatever else is FOLDER/LABEL/*.jpg; EmotionROI, Emotion6 and UnBiasedEmo (images/LABEL/); WEBEmo
 (images/test25/NUMBER/ or test/LABEL/); ArtPhoto (LABEL_NUMBER.jpg in one folder); Abstract (votes in a table).
@@ -8,8 +8,13 @@ import io
 import re
 from pathlib import Path
 
-from support.pictures import is_picture, picture_files
+import numpy as np
+
+from data import Art
+from support.labels import class_folders, files_by_class
+from support.pictures import is_picture
 from support.program import UserError, read_text
+from support.splits import SPLITS
 
 VOTES, LISTS = "ABSTRACT_groundTruth.csv", "training_testing_split"
 FULL_NAMES = {"sad": "sadness", "content": "contentment"}  # what ArtPhoto and Abstract abbreviate
@@ -17,6 +22,13 @@ WEBEMO = (
     "affection", "cheerfullness", "confusion", "contentment", "disappointment", "disgust", "enthrallment", "envy",
     "exasperation", "gratitude", "horror", "irritabilty", "lust", "neglect", "nervousness", "optimism", "pride", "rage",
     "relief", "sadness", "shame", "suffering", "surprise", "sympathy", "zest")  # their spelling; numbers are places
+
+
+class LabelledPictures(Art):
+    """A data set without explanations, where a picture's label is its only vote."""
+
+    def paintings(self, split: str) -> np.ndarray:
+        return np.flatnonzero(self.split == SPLITS.index(split))
 
 
 def held_out(folder: Path, part: str = "testing") -> dict[str, str]:
@@ -29,7 +41,7 @@ def held_out(folder: Path, part: str = "testing") -> dict[str, str]:
         found = by_number(folder / "images" / "test25")
     else:
         inner = next((folder / name for name in ("images", "test") if holds_folders(folder / name)), folder)
-        found = by_folder(inner) if holds_folders(inner) else by_name(inner)
+        found = files_by_class(inner) if holds_folders(inner) else by_name(inner)
         if (folder / LISTS).is_dir():
             listed = set(read_text(folder / LISTS / f"{part}.txt").split())
             found = {file: label for file, label in found.items() if Path(file).relative_to(inner).as_posix() in listed}
@@ -42,16 +54,8 @@ def holds_folders(folder: Path) -> bool:
     return folder.is_dir() and bool(class_folders(folder))
 
 
-def class_folders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-
-
-def by_folder(folder: Path) -> dict[str, str]:
-    return {str(file): path.name for path in class_folders(folder) for file in picture_files([str(path)])}
-
-
 def by_number(folder: Path) -> dict[str, str]:
-    found = by_folder(folder)
+    found = files_by_class(folder)
     for number in set(found.values()):
         if not number.isdecimal() or int(number) >= len(WEBEMO):
             raise UserError(f"--labels: {folder / number} is none of WEBEmo's folders, 0 to {len(WEBEMO) - 1}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from data import SPLITS, Art, fill_store, open_store
 from metrics import Prediction
 from related.emotion_classifier import read_logits
+from related.heldout import LabelledPictures
 from related.training import Machine
 from sevlm import SEVLM, emotion_log_probs, generate
 from support.labels import labelled_files
@@ -40,13 +41,6 @@ class Said:
         """Of what a student learns from."""
         parts = (self.votes, self.pooled, self.teacher)
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
-
-
-class LabelledPictures(Art):
-    """A data set without explanations, where a picture's label is its only vote."""
-
-    def paintings(self, split: str) -> np.ndarray:
-        return np.flatnonzero(self.split == SPLITS.index(split))
 
 
 def labelled_pictures(folder: Path) -> LabelledPictures:

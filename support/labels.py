@@ -15,10 +15,17 @@ def labelled_files(folder: Path) -> dict[str, str]:
     """The class of each picture, class by class."""
     if not folder.is_dir():
         raise UserError(f"--labels {folder}: there is no such folder")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if len(classes) < 2:
+    if len(class_folders(folder)) < 2:
         raise UserError(f"--labels {folder}: expected two or more folders in it, one for each class")
-    return {str(file): path.name for path in classes for file in picture_files([str(path)])}
+    return files_by_class(folder)
+
+
+def class_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def files_by_class(folder: Path) -> dict[str, str]:
+    return {str(file): path.name for path in class_folders(folder) for file in picture_files([str(path)])}
 
 
 def memberships(text: str, classes: Sequence[str], names: Sequence[str]) -> Tensor:
