@@ -88,7 +88,7 @@ def fingerprint(model: SEVLM) -> str:
     """Equal for models that answer alike: of weights, configuration and what `about` says."""
     digest = hashlib.sha256(json.dumps([dataclasses.asdict(model.config), model.about], default=str).encode())
     for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -387,6 +387,7 @@ class Decoder(nn.Module):
         return self.dropout(x)  # (N, L, d)
 
     def keys_values(self, features: Tensor) -> list[Tensor]:
+        features = features.to(self.wte.weight.dtype)  # once for all layers, where weights are bf16
         return [block.cross_attn.keys_values(features) for block in self.blocks]
 
     def forward(self, x: Tensor, keys_values: list[Tensor], caches: "list[Cache] | None" = None,
@@ -488,7 +489,7 @@ class SEVLM(nn.Module):
         (Eq. 6) whether picture, emotion and explanation belong together. Losses: Eq. 5, 7 and 8, where there are
         labels. `wrong_emotion` and `wrong_image` (N,) say which sentence's X is the negative; -1: there is none.
         """
-        features = pictures.to(self.decoder.wte.weight.dtype) if pictures.dim() == 3 else self.encode_image(pictures)
+        features = pictures.float() if pictures.dim() == 3 else self.encode_image(pictures)
         if len(features) == 0 or len(ids) % len(features):
             raise ValueError(f"{len(ids)} sentences do not divide among {len(features)} pictures")
         if ids.device.type == "cpu" and not (0 <= ids.min() and ids.max() < self.text.size):  # a GPU would wait
@@ -590,7 +591,8 @@ class Decoding:
     def __init__(self, model: SEVLM, features: Tensor, prompt: Tensor, length: int):
         """One sentence for each picture, all with prompts of one size (B, t), at most `length` tokens in the end."""
         config = model.config
-        self.model, self.keys_values = model, model.decoder.keys_values(features.to(model.decoder.wte.weight.dtype))
+        self.model = model
+        self.keys_values = [kv.contiguous() for kv in model.decoder.keys_values(features)]  # every word reads them
         both_ways = config.vad_input and config.emotion_encoder and config.two_way_emotions
         self.caches = None if both_ways else [Cache(length) for _ in range(config.layers)]
         self.ids, self.vad = prompt[:, :0], torch.empty(len(prompt), 0, 3, device=prompt.device)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from support import pages
-from support.device import PRECISIONS, choose_device, choose_precision
+from support.device import PRECISIONS, choose_device, choose_precision, narrowed
 from support.journal import Journal
 from support.pages import escape
 from support.pictures import BadPicture, open_picture, picture_files
@@ -207,10 +207,10 @@ def pictures_named(options: argparse.Namespace, on_page: Sequence[str] = ()) -> 
 
 
 def settled(model: nn.Module, width: int, about: str, options: argparse.Namespace) -> torch.dtype:
-    """Move a model to its device, and say who speaks and in which precision."""
+    """Move a model to its device and precision, and say who speaks and in which."""
     device = choose_device(options.device)
-    model.to(device)
     dtype, why = choose_precision(options.precision, device, width)
+    narrowed(model.to(device), dtype)
     [precision] = [name for name, kind in PRECISIONS.items() if kind == dtype]
     print(printable(f"{about}; {precision}: {why}"), file=sys.stderr)
     return dtype

@@ -16,6 +16,7 @@ authors' scheme always in float32.
     table3     parameters, GFLOP, speed, memory and size (Table 3)
 """
 import argparse
+import copy
 import csv
 import json
 import platform
@@ -41,7 +42,7 @@ from data import V1_FILE, load_art, load_captions
 from metrics import text_scores
 from sample import Wish, answer
 from sevlm import BUNDLED, EMOTIONS, IGNORE, SEVLM, Config, generate, initialise, load, save
-from support.device import PRECISIONS, autocast, choose_precision
+from support.device import PRECISIONS, autocast, choose_precision, narrowed
 from support.files import byte_level
 from support.memory import peak_bytes, python_peak, step_memory
 from support.program import aligned
@@ -81,6 +82,11 @@ class Bench:
     def ways(self, name: str, run: Run) -> list[Way]:
         """In each precision."""
         return [(name, dtype, run) for dtype in self.dtypes]
+
+    def answering(self, name: str, model: SEVLM, run: Callable, *inputs, **wishes) -> list[Way]:
+        """In each precision, by a model as sample.py holds it."""
+        return [(name, dtype, partial(run, narrowed(copy.deepcopy(model), dtype), *inputs, **wishes))
+                for dtype in self.dtypes]
 
     def compare(self, what: str, items: int, *ways: Way) -> None:
         """Time all ways in turns; the first round warms up and does not count."""
@@ -262,20 +268,21 @@ def decoding(bench: Bench, model: SEVLM) -> None:
         bench.compare(f"decoding {TOKENS} tokens for {count} paintings", count,
                       ("without any cache", torch.float32, partial(generate_without_cache, model, features)),
                       *bench.ways("transformers' generate()", partial(theirs, features)),
-                      *bench.ways("ours", partial(generate, model, features, length=length)))
+                      *bench.answering("ours", model, generate, features, length=length))
     pixels = torch.randn(16, 3, 224, 224, device=bench.device)
     bench.compare("the same for 16, from pixels to words", 16,
                   ("without any cache", torch.float32,
                    lambda: generate_without_cache(model, model.encode_image(pixels))),
-                  *bench.ways("ours", lambda: generate(model, model.encode_image(pixels), length=length)))
+                  *bench.answering("ours", model,
+                                   lambda held: generate(held, held.encode_image(pixels), length=length)))
     words, token = model.word_vad, model.text.tokens(" melancholy")[:1]
     bench.measure("one token's VAD for 64 paintings", 64, lambda: words.vad(words.extend([""] * 64, token * 64)))
 
 
 def answers(bench: Bench, model: SEVLM, count: int) -> None:
     pixels = torch.randint(0, 255, (count, 3, 224, 224), dtype=torch.uint8)
-    bench.compare(f"emotion and explanation of {count} pictures, as sample.py answers", count, *(
-        ("ours", dtype, partial(answer, model.eval(), pixels, [""] * count, Wish(), dtype)) for dtype in bench.dtypes))
+    bench.compare(f"emotion and explanation of {count} pictures, as sample.py answers", count, *bench.answering(
+        "ours", model.eval(), lambda held: answer(held, pixels, [""] * count, Wish(), held.decoder.wte.weight.dtype)))
 
 
 def run_sample(checkpoint: str | Path, pictures: str | Path) -> None:

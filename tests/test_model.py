@@ -22,6 +22,7 @@ from sevlm import (
     normalise,
     nucleus,
 )
+from support.device import narrowed
 from support.program import UserError
 
 MODES = [dict(), dict(two_way_emotions=True), dict(vad_input=False, vad_head=False, contrastive_head=False),
@@ -311,6 +312,23 @@ def test_pixels_are_normalised_once(make_model):
         deviation = 0.229 if theirs else 0.26862954
         assert torch.allclose(normalise(pixels, model.config)[:, 0], (pixels[:, 0] / 255 - mean) / deviation)
         assert torch.equal(model.encode_image(pixels), model.encode_image(normalise(pixels, model.config)))
+
+
+@torch.no_grad()
+def test_narrowed_weights_compute_what_autocast_computes(make_model, images, batch):
+    """Bit for bit, but for the word embedding, whose rows are rounded too."""
+    plain, narrow = make_model(), narrowed(make_model(), torch.bfloat16)
+    plain.decoder.wte.weight.copy_(plain.decoder.wte.weight.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (model(images, **batch(model)) for model in (plain, narrow))
+        told = [generate(model, model.encode_image(images)).ids for model in (plain, narrow)]
+    assert torch.equal(expected.hidden, found.hidden) and torch.equal(expected.match, found.match)
+    assert all(torch.equal(expected.losses[name], found.losses[name]) for name in expected.losses)
+    assert torch.equal(*told)
+    kept = {name for name, parameter in narrow.named_parameters() if parameter.dtype == torch.float32}
+    heads = ("fusion", "vad_head", "contrastive_head", "emotion_encoder")
+    assert {name for name in kept if not name.startswith(heads) and "ln_" not in name} == {
+        "tower.class_embedding", "tower.positional_embedding", "decoder.wpe.weight"}
 
 
 @pytest.mark.parametrize("part, absent", [
