@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from sevlm import SEVLM, Config, save
-from support.files import find_file, is_hub_id, load_checked, read_tensors, read_tokenizer, renamed
-from support.program import UserError, first_line, read_json, run_program
+from support.files import fetch_folder, find_file, is_hub_id, load_checked, read_tensors, read_tokenizer, renamed
+from support.program import UserError, read_json, run_program
 from support.public import CLIP_FILES, CLIP_HUB, GPT2_NAMES, clip_tensors, decoder_sizes, gpt2_tensors, tower_sizes
 from vad import Lexicon, read_lexicon
 
@@ -71,11 +71,7 @@ def model_folder(source: str | Path) -> Path:
     """The `nle_model_*` folder that `source` means."""
     root = Path(source)
     if is_hub_id(source):
-        from huggingface_hub import snapshot_download
-        try:
-            root = Path(snapshot_download(str(source), allow_patterns=["*nle_*", "*ckpt_stats_*"]))
-        except Exception as error:  # noqa: BLE001 - offline, no such repository, gated, ...: many types, one remedy
-            raise UserError(f"the hub did not give {source}: {first_line(error)}") from None
+        root = fetch_folder(str(source), ["*nle_*", "*ckpt_stats_*"])
     if not root.is_dir():
         raise UserError(f"{source}: there is no such folder")
     if root.name.startswith("nle_model_"):

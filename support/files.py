@@ -56,6 +56,20 @@ def fetch(repository: str, names: Sequence[str], flag: str) -> Path:
                     f"https://huggingface.co/{repository} and name its folder with {flag}")
 
 
+def fetch_folder(repository: str, patterns: Sequence[str]) -> Path:
+    """A hub repository's files of these names; without a network, those that have been fetched."""
+    from huggingface_hub import constants, snapshot_download
+    try:
+        knock(constants.ENDPOINT)
+        unreachable = False
+    except OSError:
+        unreachable = True
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=unreachable))
+    except Exception as error:  # noqa: BLE001 - as above
+        raise UserError(f"the hub did not give {repository}: {first_line(error)}") from None
+
+
 def knock(address: str) -> None:
     """An OSError where nobody answers; the hub's own library would try again for half a minute."""
     from urllib.error import HTTPError

@@ -14,6 +14,8 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from test_weights import gpt2_names, hugging_face_names, openai_names
 
+from vad import OUR_LEXICON
+
 COMMIT = "c" * 40
 SHORT = ["--epochs", "1", "--batch", "8", "--validate-every", "100", "--precision", "float32", "--device", "cpu"]
 
@@ -27,7 +29,10 @@ def hub(tmp_path):
         def do_GET(self) -> None:
             path = self.path.split("?")[0].strip("/")
             if path.startswith("api/models/"):
-                return self.reply(200, json.dumps({"id": path.split("/", 2)[2], "sha": COMMIT, "siblings": []}).encode())
+                name, _, tree = path.removeprefix("api/models/").partition("/tree/")
+                files = [{"type": "file", "path": str(file.relative_to(root / name)), "size": file.stat().st_size, "oid": "0" * 40}
+                         for file in (root / name).rglob("*") if file.is_file()]
+                return self.reply(200, json.dumps(files if tree else {"id": name.split("/revision/")[0], "sha": COMMIT}).encode())
             repository, _, rest = path.partition("/resolve/")
             file = root / repository / rest.partition("/")[2]
             if not file.is_file():
@@ -88,3 +93,23 @@ def test_train_pass_on_and_ask(hub, names, make_model, tokenizer_json, toy_root,
     for answer in answers:
         del answer["seconds"]
     assert answers[0] == answers[1]
+
+
+def test_the_authors_release_comes_from_the_hub_and_stays(hub, tmp_path):
+    """Once fetched it needs no hub; what was never fetched is missed within seconds, not after half a minute."""
+    root, address = hub
+    official = ROOT / "tests" / "fixtures" / "official"
+    shutil.copytree(official, root / "someone" / "sevlm")
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+
+    def convert(name: str) -> tuple[int, str]:
+        told = subprocess.run([sys.executable, "-m", "related.authors", name, "--clip", official / "clip_openai.safetensors", "--lexicon",
+                               OUR_LEXICON, "--out", tmp_path / f"ours-{len(list(tmp_path.iterdir()))}"],
+                              cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=20)
+        return told.returncode, told.stderr
+    assert convert("someone/sevlm")[0] == 0
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody is there
+    assert convert("someone/sevlm") == (0, "")
+    code, problem = convert("someone/else")
+    assert code == 1 and "the hub did not give someone/else" in problem and "Traceback" not in problem
