@@ -76,7 +76,7 @@ from support import report
 from support.device import PRECISIONS, peak_memory
 from support.files import is_hub_id, load_checked
 from support.flags import named_flags, refuse_contradiction, refuse_nonsense
-from support.labels import label_rows, labelled_files, memberships, right_or_wrong
+from support.labels import in_words, label_rows, labelled_files, memberships, right_or_wrong
 from support.learner import MOST_SKIPPED, Interrupted, Learner, Progress, dropout_seed, finite, pace, resume, save_state
 from support.memory import step_memory
 from support.pages import colours
@@ -735,7 +735,7 @@ def evaluate_labels(options: argparse.Namespace, folder: Path, settings: Setting
     if options.map:
         members = memberships(options.map, classes, model.text.emotions)  # (classes, E)
     else:
-        model = adapted(model, emotions=[name.replace("_", " ").lower() for name in classes])
+        model = adapted(model, emotions=list(map(in_words, classes)))
         members = torch.eye(len(classes))
     world.compute_in(settings.precision, model.to(world.device).config.width)
     shares, problems = class_shares(model, list(labels), members, settings, world)

@@ -15,6 +15,7 @@ from PIL import Image
 from data import Art
 from related.emoset import EmoSet
 from support.english import words
+from support.labels import in_words
 from support.meteor import FUNCTION_WORDS
 from support.pictures import BadPicture, open_picture
 from support.program import UserError, progress, read_json
@@ -127,19 +128,15 @@ def truth_of(art: Art, paintings: np.ndarray) -> dict[int, Clues]:
 
 
 def attributes_in_words(attributes: dict) -> Clues:
-    found = {name: plain(attributes[name]) for name in ("scene", "facial_expression", "human_action")
+    found = {name: in_words(attributes[name]) for name in ("scene", "facial_expression", "human_action")
              if name in attributes}
     if "brightness" in attributes:
         found["brightness"] = brightness_in_words(float(attributes["brightness"]))
     if "colorfulness" in attributes:
         found["colourfulness"] = colourfulness_in_words(float(attributes["colorfulness"]))
     if attributes["object"]:
-        found["object"] = enumerated(list(map(plain, attributes["object"])))
+        found["object"] = enumerated(list(map(in_words, attributes["object"])))
     return found
-
-
-def plain(name: str) -> str:
-    return name.replace("_", " ").strip().lower()
 
 
 def painting_in_words(art: Art, painting: int, values: np.ndarray) -> Clues:

@@ -44,6 +44,7 @@ from related.training import Machine
 from sample import introduce
 from support.answers import SHOWN, picture_card
 from support.files import is_hub_id
+from support.labels import in_words
 from support.pages import escape, matrix, page, table
 from support.pictures import open_picture
 from support.program import UserError, aligned, printable, progress, write_json, write_text
@@ -88,7 +89,7 @@ def exam_of(art: Art) -> Exam:
 
 def labelled(folder: Path) -> Exam:
     """Labelled pictures under the labels' own names, which are not mapped to emotions that the model has met."""
-    truth = {file: name.replace("_", " ").lower() for file, name in held_out(folder).items()}
+    truth = {file: in_words(name) for file, name in held_out(folder).items()}
     return Exam(folder.resolve().name, {file: Path(file) for file in truth}, list(dict.fromkeys(truth.values())), truth)
 
 

@@ -17,7 +17,7 @@ from related.emotion_classifier import read_logits
 from related.heldout import LabelledPictures
 from related.training import Machine
 from sevlm import SEVLM, emotion_log_probs, generate
-from support.labels import labelled_files
+from support.labels import in_words, labelled_files
 from support.program import UserError, progress
 from support.store import Store
 
@@ -50,7 +50,7 @@ def labelled_pictures(folder: Path) -> LabelledPictures:
     classes, none = sorted(set(labels)), np.empty(0, int)
     return LabelledPictures(
         name=folder.resolve().name, folder=folder, source=str(folder), problems=[], owner=none, emotion=none, texts=[],
-        emotions=tuple(name.replace("_", " ").lower() for name in classes), files=list(map(Path, files)),
+        emotions=tuple(map(in_words, classes)), files=list(map(Path, files)),
         names=[Path(file).relative_to(folder).as_posix() for file in files],
         split=np.array([SPLITS.index(split) for split in splits]),
         votes=np.eye(len(classes), dtype=int)[[classes.index(label) for label in labels]])

@@ -28,6 +28,11 @@ def files_by_class(folder: Path) -> dict[str, str]:
     return {str(file): path.name for path in class_folders(folder) for file in picture_files([str(path)])}
 
 
+def in_words(label: str) -> str:
+    """A class's folder as a sentence says it: "something else" of Something_else."""
+    return label.replace("_", " ").strip().lower()
+
+
 def memberships(text: str, classes: Sequence[str], names: Sequence[str]) -> Tensor:
     """What "sad=sadness,joy=amusement+awe" says, as zeros and ones: (classes, names)."""
     parts = {name.strip(): members.split("+") for name, _, members in (part.partition("=") for part in text.split(","))}
