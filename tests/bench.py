@@ -42,7 +42,7 @@ from data import V1_FILE, load_art, load_captions
 from metrics import text_scores
 from sample import Wish, answer
 from sevlm import BUNDLED, EMOTIONS, IGNORE, SEVLM, Config, generate, initialise, load, save
-from support.device import PRECISIONS, autocast, choose_precision, narrowed
+from support.device import PRECISIONS, autocast, choose_device, choose_precision, narrowed
 from support.files import byte_level
 from support.memory import peak_bytes, python_peak, step_memory
 from support.program import aligned
@@ -67,7 +67,7 @@ Way = tuple[str, torch.dtype | None, Run]  # one of several to do the same: its 
 class Bench:
     def __init__(self, rounds: int, out):
         self.rounds, self.out, self.rows = rounds, out, []
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device("auto")
         best, why = choose_precision("auto", self.device, Config().width)
         tried = [torch.float32, torch.float16, best] if self.device.type == "cuda" else [torch.float32, best]
         self.dtypes = list(dict.fromkeys(tried))  # the fastest is last

@@ -1,10 +1,14 @@
 """Counted memory against closed forms, against PyTorch's own allocator, and on a GPU against what it used."""
 import functools
 import json
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
 from sevlm import SEVLM
@@ -137,3 +141,20 @@ def test_a_gpu_uses_what_was_counted(make_model, dtype):
         optimizer.step()
         optimizer.zero_grad()
     assert torch.cuda.max_memory_allocated() == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="only glibc is asked to")
+def test_freed_memory_is_kept_for_the_next_step():
+    """What the system clears anew shows as page faults: 64 MB are 16,384 of them."""
+    code = """
+import resource, torch
+from support.device import choose_device
+choose_device("cpu")
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(24)])
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert np.median(json.loads(told)[12:]) < 1000  # once the allocator has found its places
