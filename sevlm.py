@@ -240,9 +240,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: "Cache | None" = None) -> Tensor:
         N, L, d = x.shape
-        query, key, value = self.c_attn(x).view(N, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (N, H, L, d/H) each
+        all_three = self.c_attn(x).view(N, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (3, N, H, L, d/H)
+        query, key, value = all_three
         if cache is not None:
-            key, value = cache.extend(key, value)
+            key, value = cache.extend(all_three[1:])
         causal = self.causal and L > 1  # a single new token may attend to all before it
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=self.rate * self.training,
                                                   is_causal=causal)
@@ -569,16 +570,17 @@ class Cache:
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
 
-    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        N, H, L, width = key.shape
+    def extend(self, new: Tensor) -> Tensor:
+        """Those of L more tokens (2, N, H, L, d/H); returns all."""
+        _, N, H, L, width = new.shape
         if self.length == 0:
-            self.key, self.value = key.new_empty(2, N, H, self.capacity, width)
+            self.held = new.new_empty(2, N, H, self.capacity, width)
         start, self.length = self.length, self.length + L
-        self.key[:, :, start:self.length], self.value[:, :, start:self.length] = key, value
-        return self.key[:, :, :self.length], self.value[:, :, :self.length]
+        self.held[:, :, :, start:self.length] = new
+        return self.held[:, :, :, :self.length]
 
     def select(self, sentences: Tensor) -> None:
-        self.key, self.value = self.key[sentences], self.value[sentences]
+        self.held = self.held[:, sentences]
 
 
 class Decoding:
