@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from support import pages
-from support.device import PRECISIONS, choose_device, choose_precision, narrowed
+from support.device import PRECISIONS, choose_device, choose_precision, held_in
 from support.journal import Journal
 from support.pages import escape
 from support.pictures import BadPicture, open_picture, picture_files
@@ -210,7 +210,7 @@ def settled(model: nn.Module, width: int, about: str, options: argparse.Namespac
     """Move a model to its device and precision, and say who speaks and in which."""
     device = choose_device(options.device)
     dtype, why = choose_precision(options.precision, device, width)
-    narrowed(model.to(device), dtype)
+    held_in(model.to(device), dtype)
     [precision] = [name for name, kind in PRECISIONS.items() if kind == dtype]
     print(printable(f"{about}; {precision}: {why}"), file=sys.stderr)
     return dtype

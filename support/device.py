@@ -74,7 +74,7 @@ def bf16_gain(width: int, rows: int = 64) -> float:
     return best[torch.float32] / best[torch.bfloat16]
 
 
-def narrowed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def held_in(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """For answering: matrices of tower and decoder in the type that autocast would convert them to for every batch.
 
     At the paper's size a picture is answered 12% faster. Norms, positions and heads stay in float32, and so does what

@@ -35,14 +35,13 @@ def find_file(source: str | Path, names: Sequence[str], flag: str) -> Path:
 
 def fetch(repository: str, names: Sequence[str], flag: str) -> Path:
     """The first of `names` that a hub repository has; what has been fetched once needs no network."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     try:
         for name in names:
             if isinstance(cached := try_to_load_from_cache(repository, name), str):
                 return Path(cached)
-        if not constants.HF_HUB_OFFLINE:
-            knock(constants.ENDPOINT)
+        knock()
         for name in names:
             try:
                 return Path(hf_hub_download(repository, name, etag_timeout=PATIENCE))
@@ -58,9 +57,9 @@ def fetch(repository: str, names: Sequence[str], flag: str) -> Path:
 
 def fetch_folder(repository: str, patterns: Sequence[str]) -> Path:
     """A hub repository's files of these names; without a network, those that have been fetched."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
     try:
-        knock(constants.ENDPOINT)
+        knock()
         unreachable = False
     except OSError:
         unreachable = True
@@ -70,12 +69,16 @@ def fetch_folder(repository: str, patterns: Sequence[str]) -> Path:
         raise UserError(f"the hub did not give {repository}: {first_line(error)}") from None
 
 
-def knock(address: str) -> None:
-    """An OSError where nobody answers; the hub's own library would try again for half a minute."""
+def knock() -> None:
+    """An OSError where no hub answers: its library would try for half a minute, but not where told to stay offline."""
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE:
+        return
     try:
-        urlopen(Request(address, method="HEAD"), timeout=PATIENCE).close()
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=PATIENCE).close()
     except HTTPError:
         pass  # an answer
 

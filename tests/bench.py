@@ -42,7 +42,7 @@ from data import V1_FILE, load_art, load_captions
 from metrics import text_scores
 from sample import Wish, answer
 from sevlm import BUNDLED, EMOTIONS, IGNORE, SEVLM, Config, generate, initialise, load, save
-from support.device import PRECISIONS, autocast, choose_device, choose_precision, narrowed
+from support.device import PRECISIONS, autocast, choose_device, choose_precision, held_in
 from support.files import byte_level
 from support.memory import peak_bytes, python_peak, step_memory
 from support.program import aligned
@@ -85,7 +85,7 @@ class Bench:
 
     def answering(self, name: str, model: SEVLM, run: Callable, *inputs, **wishes) -> list[Way]:
         """In each precision, by a model as sample.py holds it."""
-        return [(name, dtype, partial(run, narrowed(copy.deepcopy(model), dtype), *inputs, **wishes))
+        return [(name, dtype, partial(run, held_in(copy.deepcopy(model), dtype), *inputs, **wishes))
                 for dtype in self.dtypes]
 
     def compare(self, what: str, items: int, *ways: Way) -> None:

@@ -22,7 +22,7 @@ from sevlm import (
     normalise,
     nucleus,
 )
-from support.device import narrowed
+from support.device import held_in
 from support.program import UserError
 
 MODES = [dict(), dict(two_way_emotions=True), dict(vad_input=False, vad_head=False, contrastive_head=False),
@@ -315,9 +315,9 @@ def test_pixels_are_normalised_once(make_model):
 
 
 @torch.no_grad()
-def test_narrowed_weights_compute_what_autocast_computes(make_model, images, batch):
+def test_weights_held_in_bf16_compute_what_autocast_computes(make_model, images, batch):
     """Bit for bit, but for the word embedding, whose rows are rounded too."""
-    plain, narrow = make_model(), narrowed(make_model(), torch.bfloat16)
+    plain, narrow = make_model(), held_in(make_model(), torch.bfloat16)
     plain.decoder.wte.weight.copy_(plain.decoder.wte.weight.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = (model(images, **batch(model)) for model in (plain, narrow))

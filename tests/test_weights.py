@@ -205,7 +205,7 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch):
     def offline(*_, **__):
         raise LocalEntryNotFoundError("no network")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    monkeypatch.setattr("support.files.knock", lambda address: None)
+    monkeypatch.setattr("support.files.knock", lambda: None)
     with pytest.raises(UserError, match=r"cannot fetch a.safetensors or b.bin from our/model: no network\n"
                                         r"Download it from https://huggingface.co/our/model and name its folder with --clip"):
         find_file("our/model", ("a.safetensors", "b.bin"), "--clip")
